@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 VENV := .venv
 RIVAL := .venv-rival
 BIN := $(VENV)/bin
-EXTRAS := export,train,ort,int8,dicom,report,bench,test
+EXTRAS := export,train,ort,cuda,int8,dicom,report,bench,test
 
 .PHONY: install demo test coverage bench rival lint types clean
 .DELETE_ON_ERROR:

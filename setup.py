@@ -32,12 +32,16 @@ CORE = [
 # torch's default wheel of 2.13 brings CUDA 13.0; install torch==2.13.0 before any of these extras (a newer one is several GB more).
 TORCH = ["torch>=2.13,<2.14", "safetensors>=0.5"]
 
+# arrays and kernels on a GPU; with the toolkit unpinned, PTX comes out newer than a CUDA 13.0 driver reads
+CUDA = ["cupy-cuda13x>=14.2,<15", "numba-cuda[cu13]>=0.30.4,<0.31", "cuda-toolkit==13.0.*"]
+
 EXTRAS = {
     "export": [*TORCH, "onnx>=1.21", "onnxscript>=0.7"],
     "train": [*TORCH],
     # ort and gpu write the same folder of site-packages and pip does not notice: never install both.
     "ort": ["onnxruntime>=1.31,<2"],
-    "gpu": ["cupy-cuda13x>=14.2,<15", "numba-cuda[cu13]>=0.30.4,<0.31", "cuda-toolkit==13.0.*", "onnxruntime-gpu>=1.31,<2"],
+    "gpu": [*CUDA, "onnxruntime-gpu>=1.31,<2"],
+    "cuda": [*CUDA],
     # the -libs packages of TensorRT come from NVIDIA's own index, so it stays apart from gpu.
     "trt": ["tensorrt-cu13>=11.4,<12"],
     "triton": ["tritonclient[http,grpc]>=2.73,<3"],

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# before Numba is imported: without a GPU its CUDA simulator runs the kernels' CUDA form
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
 
 import hypothesis
 import pytest
