@@ -19,6 +19,7 @@ class OnnxRuntimeEngine:
         self._dimensions = dimensions
         self.batch = batch
         self.held_bytes = 0
+        self.device = "cpu"
         self.name = "onnxruntime, cpu, fp32"
 
     def __call__(self, patches: FloatArray) -> FloatArray:
@@ -33,7 +34,7 @@ class OnnxRuntimeEngine:
         del self._session
 
 
-def open_member(bundle: Bundle, member: str, precision: str, threads: int) -> OnnxRuntimeEngine:
+def open_member(bundle: Bundle, member: str, precision: str, threads: int, device: str) -> OnnxRuntimeEngine:
     """Open a member's ONNX file on the CPU provider."""
     if precision != "fp32":
         raise BackendError(f"ONNX Runtime on a CPU serves fp32 only, not {precision}; use backend openvino")

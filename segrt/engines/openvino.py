@@ -33,6 +33,7 @@ class OpenVINOEngine:
         self._lock = threading.Lock()
         self._dimensions = dimensions
         self.held_bytes = held_bytes
+        self.device = "cpu"
         self.batch = int(compiled.input(0).shape[0])
         self.window = tuple(int(n) for n in compiled.input(0).shape)[1:]  # channels first
         self.name = f"openvino, cpu, {precision}"

@@ -21,6 +21,7 @@ class TorchEngine:
         self._precision = precision
         self.batch = batch
         self.held_bytes = 0
+        self.device = "cpu"
         self.name = f"pytorch, cpu, {precision}"
 
     def __call__(self, patches: FloatArray) -> FloatArray:
@@ -37,7 +38,7 @@ class TorchEngine:
         del self._network
 
 
-def open_member(bundle: Bundle, member: str, precision: str, threads: int) -> TorchEngine:
+def open_member(bundle: Bundle, member: str, precision: str, threads: int, device: str) -> TorchEngine:
     """Build the network of the spec and load a member's weights.
 
     `threads` is torch's own process-wide setting and is left alone: set it with torch.set_num_threads.

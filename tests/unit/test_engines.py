@@ -175,7 +175,9 @@ def test_a_network_that_is_only_onnx_has_no_torch_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("backend", "precision", "sentence"),
     [
-        ("tensorrt", "fp32", "unknown backend 'tensorrt'; expected auto, openvino"),
+        ("caffe", "fp32", "unknown backend 'caffe'; expected auto, openvino"),
+        ("tensorrt", "fp16", "backend tensorrt runs on an NVIDIA GPU, not on device cpu"),
+        ("tensorrt-rtx", None, "backend tensorrt-rtx runs on an NVIDIA GPU, not on device cpu"),
         ("openvino", "fp8", "expected one of fp32, bf16, fp16, int8"),
         ("openvino", "int8", "has no verified int8 engine for this machine; make one with: segrt-build"),
         ("onnxruntime", "bf16", "serves fp32 only, not bf16; use backend openvino"),
