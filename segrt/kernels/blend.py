@@ -8,8 +8,14 @@ import numpy as np
 from numba import njit, prange
 
 from ..arrays import Array, FloatArray, Shape3
+from ..device import on_device
 from ..errors import InputError
 from ._views import LAUNCH, flatten
+
+# columns of a table of windows: start, flip and row of the weight table, (z, y, x) each, then the position in the batch
+START, FLIP, ROW, SOURCE, COLUMNS = slice(0, 3), slice(3, 6), slice(6, 9), 9, 10
+
+Tables = tuple[FloatArray, FloatArray, FloatArray]
 
 _U32 = np.uint32
 
@@ -77,6 +83,142 @@ def add_window(acc: FloatArray, patch: Array, start: Shape3, wz: FloatArray, wy:
     flat, layout = _window(acc, patch.shape[1:], start)
     with LAUNCH:
         _add(flat, layout, wide, wz * np.float32(scale), wy, wx)
+
+
+def gather_windows(data: FloatArray, entries: Array, patch: Shape3, low: Shape3) -> FloatArray:
+    """Return the windows of an image, cut and flipped: (N, C, z, y, x) float32, where the image lies.
+
+    Parameters
+    ----------
+    data : (C, Z, Y, X) float32 on the host or on a device; not modified
+    entries : (N, 10) int32 on the host. Columns: start z y x in the padded image | flip z y x, 0 or 1 | row of each axis' weight table |
+        position in a batch of logits. The last four are not used here.
+    patch : (z, y, x) of a window
+    low : (z, y, x) voxels of padding before the image; every voxel outside it is 0
+
+    Raises
+    ------
+    InputError
+        When `data` or `entries` have another shape or dtype.
+    """
+    _check_entries(entries)
+    if data.ndim != 4 or data.dtype != np.float32:
+        raise InputError(f"gather_windows: expected data (C, Z, Y, X) float32, got {data.dtype} of shape {data.shape}")
+    if on_device(data):
+        from ._cuda import blend as device
+
+        return device.gather(data, entries, patch, low)
+    patches = np.zeros((len(entries), len(data), *patch), np.float32)
+    for entry, target in zip(entries, patches, strict=True):
+        inside, part = _overlap(entry[START], patch, low, data.shape[1:])
+        _flipped(target, entry[FLIP])[part] = data[inside]
+    return patches
+
+
+def blend_windows(acc: FloatArray, logits: Array, entries: Array, tables: Tables, scale: float) -> None:
+    """Add windows times their weights to `acc`, in place: acc += scale * wz * wy * wx * logits, window after window.
+
+    Parameters
+    ----------
+    acc : (K, Z, Y, X) float32 on the host or on a device, modified; starts are relative to it
+    logits : (B, K, z, y, x) float32 or float16, beside `acc`; a flipped window is read backwards
+    entries : (N, 10) int32 on the host, columns as in `gather_windows`; their order is the order of the sum
+    tables : weights (n, z), (n, y), (n, x) float32, on the host or beside `acc`
+    scale : one more factor, such as 1 / members
+
+    Raises
+    ------
+    InputError
+        When shapes or dtypes do not fit, or an entry points outside `acc`, `logits` or a table.
+    """
+    _check_blend(acc, logits, entries, tables)
+    if on_device(acc):
+        from ._cuda import blend as device
+
+        device.blend(acc, logits, entries, tables, scale)
+        return
+    for entry in entries:
+        weights = (table[row] for table, row in zip(tables, entry[ROW], strict=True))
+        z, y, x = (int(n) for n in entry[START])
+        add_window(acc, _flipped(logits[entry[SOURCE]], entry[FLIP]), (z, y, x), *weights, scale)
+
+
+def constant_windows(data: FloatArray, starts: Array, patch: Shape3, low: Shape3) -> tuple[Array, FloatArray]:
+    """Return which windows have one value per channel, (W,) bool, and each window's first voxel, (W, C) float32; both on the host.
+
+    Parameters
+    ----------
+    data : (C, Z, Y, X) float32 on the host or on a device; not modified
+    starts : (W, 3) int32 on the host, in the padded image
+    patch, low : as in `gather_windows`; zeros of the padding count as voxels
+
+    Raises
+    ------
+    InputError
+        When `data` or `starts` have another shape or dtype.
+    """
+    if data.ndim != 4 or data.dtype != np.float32 or starts.ndim != 2 or starts.shape[1] != 3:
+        raise InputError(f"constant_windows: expected data (C, Z, Y, X) float32 and starts (W, 3), got {data.shape} and {starts.shape}")
+    if on_device(data):
+        from ._cuda import blend as device
+
+        return device.constant(data, starts, patch, low)
+    flags, corners = np.zeros(len(starts), bool), np.zeros((len(starts), len(data)), np.float32)
+    for i, start in enumerate(starts):
+        inside, _ = _overlap(start, patch, low, data.shape[1:])
+        voxels = data[inside]
+        first = start - np.asarray(low)
+        if (first >= 0).all() and (first < data.shape[1:]).all():
+            corners[i] = data[(slice(None), *first)]
+        padded = voxels[0].size < np.prod(patch)
+        flags[i] = _is_constant(voxels, corners[i]) and not (padded and corners[i].any())
+    return flags, corners
+
+
+def _is_constant(voxels: FloatArray, values: FloatArray) -> bool:
+    expected = values[:, None, None, None]
+    # most windows are told apart by their first row; only constant ones are read whole
+    return bool((voxels[:, :1, :1] == expected).all() and (voxels == expected).all())
+
+
+def _overlap(start: Array, patch: Shape3, low: Shape3, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The part of a window that lies in the image: as slices into the image and as slices into the window, channels first."""
+    inside, part = [slice(None)], [slice(None)]
+    for s, p, before, n in zip(start.tolist(), patch, low, shape, strict=True):
+        first, last = min(max(s - before, 0), n), min(max(s - before + p, 0), n)
+        inside.append(slice(first, last))
+        part.append(slice(first - s + before, last - s + before) if last > first else slice(0, 0))
+    return tuple(inside), tuple(part)
+
+
+def _flipped(patch: Array, flips: Array) -> Array:
+    """A view (C, z, y, x) that runs backwards along the flipped axes."""
+    turned: Array = patch[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
+    return turned
+
+
+def _check_entries(entries: Array) -> None:
+    if entries.ndim != 2 or entries.shape[1] != COLUMNS or entries.dtype != np.int32:
+        raise InputError(f"windows: expected entries (N, {COLUMNS}) int32, got {entries.dtype} of shape {entries.shape}")
+
+
+def _check_blend(acc: FloatArray, logits: Array, entries: Array, tables: Tables) -> None:
+    _check_entries(entries)
+    if acc.dtype != np.float32 or logits.dtype not in (np.float32, np.float16):
+        raise InputError(f"blend_windows: expected float32 sums and float32 or float16 logits, got {acc.dtype} and {logits.dtype}")
+    if on_device(acc) != on_device(logits):
+        raise InputError("blend_windows: sums and logits must lie on the same device")
+    widths = tuple(table.shape[1] for table in tables)
+    if acc.ndim != 4 or logits.ndim != 5 or len(acc) != logits.shape[1] or logits.shape[2:] != widths:
+        raise InputError(f"blend_windows: sums {acc.shape}, logits {logits.shape} and weights of {widths} voxels do not fit each other")
+    if not len(entries):
+        return
+    start, stop = entries[:, START].min(axis=0), entries[:, START].max(axis=0) + widths
+    if (start < 0).any() or (stop > acc.shape[1:]).any():
+        raise InputError(f"windows of {widths} from {start} to {stop} do not lie in an array of {acc.shape[1:]}")
+    used, there = entries[:, ROW.start :].max(axis=0), (*(len(table) for table in tables), len(logits))
+    if entries[:, ROW.start :].min() < 0 or (used >= there).any():
+        raise InputError(f"entries use rows and windows up to {used}, of {there} there are")
 
 
 def gaussian_half(patch: Shape3) -> Array:

@@ -144,16 +144,24 @@ def launch(kernel: ThreadKernel, shape: Shape3, *arguments: Any) -> None:
         _record.append(Launch(kernel, shape, arguments))
     first = next(a for a in arguments if hasattr(a, "ndim") and a.ndim)
     if isinstance(first, Simulated) and not _simulate_cuda:
-        kernel.loop(*shape, *(np.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments))
+        kernel.loop(*shape, *(_for_loop(a) if isinstance(a, np.ndarray) else a for a in arguments))
         return
     grid, block = _geometry(shape)
     if isinstance(first, Simulated):
-        kernel.cuda[grid, block](*shape, *(np.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments))
+        # in place: the simulator would copy what is not contiguous
+        fake = cuda.devicearray.FakeCUDAArray
+        kernel.cuda[grid, block](*shape, *(fake(np.asarray(a)) if isinstance(a, np.ndarray) else a for a in arguments))
         return
     cupy = require("cupy", extra="gpu")
     stream = cuda.external_stream(cupy.cuda.get_current_stream().ptr)
     foreign = (cuda.as_cuda_array(a, sync=False) if isinstance(a, cupy.ndarray) else a for a in arguments)
     kernel.cuda[grid, block, stream](*(np.int32(n) for n in shape), *foreign)
+
+
+def _for_loop(array: Array) -> Array:
+    """Numba has no float16 on the CPU: bodies only read such arrays, and make float32 of what they read."""
+    plain = np.asarray(array)
+    return plain.astype(np.float32) if plain.dtype == np.float16 else plain
 
 
 @dataclass(frozen=True)
