@@ -7,6 +7,7 @@ import numpy as np
 from numba import njit, prange
 
 from ..arrays import Array
+from ..device import get_xp, on_device, to_host
 from ._views import LAUNCH, NATIVE, flatten
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -19,8 +20,10 @@ def nonzero_bbox(data: Array) -> Box:
 
     Parameters
     ----------
-    data : (C, Z, Y, X) any real dtype
+    data : (C, Z, Y, X) any real dtype, on a device too (six numbers come back)
     """
+    if on_device(data):
+        return _box_on_device(data)
     if data.dtype in NATIVE:
         flat, layout = flatten(data)
     else:
@@ -41,8 +44,10 @@ def nonzero_mask(data: Array) -> Array:
 
     Parameters
     ----------
-    data : (C, Z, Y, X) any real dtype
+    data : (C, Z, Y, X) any real dtype; on a device the mask lies there too
     """
+    if on_device(data):
+        return _mask_on_device(data)
     mask: Array = data[0] != 0
     for channel in data[1:]:
         mask |= channel != 0
@@ -51,7 +56,16 @@ def nonzero_mask(data: Array) -> Array:
 
 
 def fill_enclosed(mask: Array) -> None:
-    """Set the voxels of `mask` (Z, Y, X) bool that are enclosed by it, in place."""
+    """Set the voxels of `mask` (Z, Y, X) bool that are enclosed by it, in place; on a device too.
+
+    Raises
+    ------
+    InputError
+        When a mask on a device has 2^31 - 1 voxels or more.
+    """
+    if on_device(mask):
+        _fill_on_device(mask)
+        return
     (z0, z1), (y0, y1), (x0, x1) = nonzero_bbox(mask[None])
     # outside the box everything is background and joined, so only the box needs labels
     box = mask[z0:z1, y0:y1, x0:x1]
@@ -64,6 +78,44 @@ def fill_enclosed(mask: Array) -> None:
             open_to_outside[np.unique(np.take(background, face, axis=axis))] = True
     open_to_outside[0] = True
     box |= ~open_to_outside[background]
+
+
+def _box_on_device(data: Array) -> Box:
+    from ._cuda import bbox as device
+    from ._cuda.launch import launch
+
+    _, deep, high, wide = data.shape
+    box = get_xp(data).asarray(np.array([deep, 0, high, 0, wide, 0], np.int32))
+    launch(device.grow_box, (deep, -(-high // device.ROWS), wide), *_bits(data), box)
+    z0, z1, y0, y1, x0, x1 = (int(n) for n in to_host(box))
+    if z1 == 0:
+        return (0, deep), (0, high), (0, wide)
+    return (z0, z1), (y0, y1), (x0, x1)
+
+
+def _mask_on_device(data: Array) -> Array:
+    from ._cuda import bbox as device
+    from ._cuda.launch import launch
+
+    mask: Array = get_xp(data).empty(data.shape[1:], bool)
+    launch(device.mark_nonzero, mask.shape, *_bits(data), mask)
+    _fill_on_device(mask)
+    return mask
+
+
+def _fill_on_device(mask: Array) -> None:
+    from ._cuda import components as device
+
+    device.check_size(mask.shape)
+    if min(mask.shape) >= 3:
+        device.fill_enclosed(mask.view(np.uint8), 1, 1, walled=False)
+
+
+def _bits(data: Array) -> tuple[Array, np.int64]:
+    """Real voxels as integers of their size, and the bits of them that are zero in a zero of either sign."""
+    size = data.dtype.itemsize
+    kept = 2 ** (8 * size - 1) - 1 if data.dtype.kind == "f" else -1
+    return data.view(f"i{size}"), np.int64(kept)
 
 
 @njit(cache=True, nogil=True, parallel=True)

@@ -74,7 +74,7 @@ class Scalar:
         return self._compiled[target]
 
 
-def scalar(function: Callable[..., Any]) -> Scalar:
+def scalar(function: Callable[..., Any]) -> Any:  # a Scalar, which only compiled bodies can call
     """Mark a function that thread bodies call."""
     return Scalar(function)
 
@@ -249,6 +249,6 @@ def _one_add(array: Array, index: int, value: int) -> Any:
 
 
 # old = atomic_min(array, index, value): one-dimensional integer arrays only; the loop has one thread and needs no atomics
-atomic_min = Scalar(_atomic_min, _one_min)
-atomic_max = Scalar(_atomic_max, _one_max)
-atomic_add = Scalar(_atomic_add, _one_add)
+atomic_min: Any = Scalar(_atomic_min, _one_min)
+atomic_max: Any = Scalar(_atomic_max, _one_max)
+atomic_add: Any = Scalar(_atomic_add, _one_add)
