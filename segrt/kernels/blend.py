@@ -107,7 +107,8 @@ def gather_windows(data: FloatArray, entries: Array, patch: Shape3, low: Shape3)
     if on_device(data):
         from ._cuda import blend as device
 
-        return device.gather(data, entries, patch, low)
+        gathered: FloatArray = device.gather(data, entries, patch, low)
+        return gathered
     patches = np.zeros((len(entries), len(data), *patch), np.float32)
     for entry, target in zip(entries, patches, strict=True):
         inside, part = _overlap(entry[START], patch, low, data.shape[1:])
@@ -138,9 +139,9 @@ def blend_windows(acc: FloatArray, logits: Array, entries: Array, tables: Tables
         device.blend(acc, logits, entries, tables, scale)
         return
     for entry in entries:
-        weights = (table[row] for table, row in zip(tables, entry[ROW], strict=True))
+        wz, wy, wx = (table[row] for table, row in zip(tables, entry[ROW], strict=True))
         z, y, x = (int(n) for n in entry[START])
-        add_window(acc, _flipped(logits[entry[SOURCE]], entry[FLIP]), (z, y, x), *weights, scale)
+        add_window(acc, _flipped(logits[entry[SOURCE]], entry[FLIP]), (z, y, x), wz, wy, wx, scale)
 
 
 def constant_windows(data: FloatArray, starts: Array, patch: Shape3, low: Shape3) -> tuple[Array, FloatArray]:

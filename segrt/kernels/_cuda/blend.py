@@ -8,7 +8,7 @@ import numpy as np
 
 from ...arrays import Array, FloatArray, Shape3
 from ...device import get_xp, on_device, to_host
-from ..blend import ROW, START, Tables
+from ..blend import START, Tables
 from .launch import launch, thread_kernel
 
 
