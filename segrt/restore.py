@@ -1,11 +1,18 @@
-"""PREDICT, last stage but one: logits on the working grid become labels or probabilities on the image's own grid."""
+"""PREDICT, last stage but one: logits on the working grid become labels or probabilities on the image's own grid.
+
+What lies on a device stays there: labels of logits on a device are made on it.
+"""
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 import numpy as np
 
 from .arrays import Array, FloatArray
-from .kernels.argmax import argmax, paint, resample_argmax, resample_paint, resample_probabilities
+from .device import get_xp
+from .kernels.activation import activate, keep_larger, paint_over
+from .kernels.argmax import Slab, argmax, paint, ready_planes, resample_argmax, resample_paint, resample_probabilities
 from .kernels.resample import resize
 from .spec import ModelSpec, Resampling
 from .volume import Placement
@@ -16,52 +23,105 @@ def restore(logits: Array, placement: Placement, spec: ModelSpec) -> Array:
 
     Parameters
     ----------
-    logits : (K, Z, Y, X) float32, or float16 from accumulation in float16, on the working grid
+    logits : (K, Z, Y, X) float32, or float16 from accumulation in float16, on the working grid, on the host or on a device
     placement : from `preprocess`
 
     Returns
     -------
-    labels : (Z, Y, X) uint8 or uint16 on the image's own grid; voxels outside the crop are 0
+    labels : (Z, Y, X) uint8 or uint16 on the image's own grid, beside the logits; voxels outside the crop are 0
     """
-    labels = np.zeros(placement.grid.shape, spec.label_dtype)
-    # a strided view: the kernels write the crop straight into the image's own axis order
-    out = labels.transpose(spec.transpose)[placement.slices]
-    separate = spec.resample_logits.separate_axis(placement.spacing, placement.transposed_spacing)
-    # nnU-Net's spline route stores resampled logits as float16 (they come in as float16); its torch route does not
-    half = logits.dtype == np.float16 and spec.resample_logits.method == "spline"
-    single = spec.resample_logits.method == "linear"
-    values, threshold = spec.head.values, spec.head.threshold
-    softmax = spec.head.activation == "softmax"
-    if logits.shape[1:] == placement.cropped_shape or spec.resample_logits.method == "none":
-        argmax(logits, values, out=out) if softmax else paint(logits, values, threshold, out=out)
-    elif not _is_fused(spec.resample_logits, separate):
-        _restore_by_class(logits, placement, spec, separate, half, out)
-    elif softmax:
-        resample_argmax(logits, out.shape, values, separate=separate, single=single, round16=half, out=out)
+    labels = blank_labels(logits, placement, spec)
+    out = _crop(labels, placement, spec)
+    if can_restore_by_slab(placement, spec):
+        _decide(logits, placement, spec, None, out)
     else:
-        resample_paint(logits, out.shape, values, threshold, separate=separate, single=single, round16=half, out=out)
+        _restore_by_class(logits, placement, spec, out)
     return labels
 
 
+def blank_labels(logits: Array, placement: Placement, spec: ModelSpec) -> Array:
+    """Labels (Z, Y, X) of 0 on the image's own grid, beside the logits: what `restore_slab` fills."""
+    labels: Array = get_xp(logits).zeros(placement.grid.shape, spec.label_dtype)
+    return labels
+
+
+def can_restore_by_slab(placement: Placement, spec: ModelSpec) -> bool:
+    """Whether labels can be decided while logits still come in, slab after slab along the first working axis."""
+    return not _changes_grid(placement, spec) or _is_fused(spec.resample_logits, _separate(placement, spec))
+
+
+def restore_slab(logits: Array, placement: Placement, spec: ModelSpec, labels: Array, *, first: int, ready: int, done: int) -> int:
+    """Decide every voxel whose logits are final; `restore` in parts, with the same result.
+
+    Parameters
+    ----------
+    logits : (K, n, Y, X) as for `restore`: working planes first .. first + n
+    labels : (Z, Y, X) from `blank_labels`, the whole image; written in place
+    first : the working plane logits[:, 0] is
+    ready : working planes below this one are final
+    done : planes of the crop (in transposed axes) decided before: 0, then what the last call returned
+
+    Returns
+    -------
+    done : planes of the crop decided now; all of them once every working plane is final
+
+    Raises
+    ------
+    InputError
+        When the logits no longer hold a plane that plane `done` of the crop needs.
+    """
+    assert can_restore_by_slab(placement, spec)
+    out, total = _crop(labels, placement, spec), placement.shape[0]
+    if not _changes_grid(placement, spec):
+        stop = min(ready, total)
+    else:
+        nearest = _separate(placement, spec) == 0
+        stop = ready_planes(total, len(out), ready, nearest=nearest, single=spec.resample_logits.method == "linear")
+    if stop <= done:
+        return done
+    _decide(logits, placement, spec, Slab(first, total, done, stop), out[done:stop])
+    return stop
+
+
 def restore_probabilities(logits: Array, placement: Placement, spec: ModelSpec) -> FloatArray:
-    """Probabilities (K, Z, Y, X) float32 on the image's own grid; outside the crop background is certain.
+    """Probabilities (K, Z, Y, X) float32 on the image's own grid, beside the logits; outside the crop background is certain.
 
     This is the one place that holds classes x full resolution: ask for it only when probabilities are wanted.
     """
-    probabilities = np.zeros((spec.classes, *placement.grid.shape), np.float32)
-    if spec.head.activation == "softmax":
+    probabilities: FloatArray = get_xp(logits).zeros((spec.classes, *placement.grid.shape), np.float32)
+    activation = spec.head.activation
+    if activation == "softmax":
         probabilities[0] = 1
     out = probabilities.transpose(0, *(axis + 1 for axis in spec.transpose))[(slice(None), *placement.slices)]
-    separate = spec.resample_logits.separate_axis(placement.spacing, placement.transposed_spacing)
-    single = spec.resample_logits.method == "linear"
-    half = logits.dtype == np.float16 and not single
-    if not _is_fused(spec.resample_logits, separate) and logits.shape[1:] != placement.cropped_shape:
-        for channel, target in zip(logits, out, strict=True):
-            target[...] = _resized(channel, placement, spec, separate, half)
-        logits = out
-    activation = spec.head.activation
-    resample_probabilities(logits, placement.cropped_shape, activation=activation, separate=separate, single=single, round16=half, out=out)
+    if can_restore_by_slab(placement, spec):
+        resample_probabilities(logits, placement.cropped_shape, activation=activation, **_rule(logits, placement, spec), out=out)
+        return probabilities
+    for k in range(len(logits)):
+        out[k] = _resized(logits[k], placement, spec)
+    activate(out, activation, round16=_rule(logits, placement, spec)["round16"])
     return probabilities
+
+
+class _Rule(TypedDict):
+    """How the fused kernels resample."""
+
+    separate: int | None
+    single: bool
+    round16: bool
+
+
+def _rule(logits: Array, placement: Placement, spec: ModelSpec) -> _Rule:
+    linear = spec.resample_logits.method == "linear"
+    # nnU-Net's spline route stores resampled logits as float16 (they come in as float16); its torch route does not
+    return {"separate": _separate(placement, spec), "single": linear, "round16": logits.dtype == np.float16 and not linear}
+
+
+def _separate(placement: Placement, spec: ModelSpec) -> int | None:
+    return spec.resample_logits.separate_axis(placement.spacing, placement.transposed_spacing)
+
+
+def _changes_grid(placement: Placement, spec: ModelSpec) -> bool:
+    return placement.shape != placement.cropped_shape and spec.resample_logits.method != "none"
 
 
 def _is_fused(how: Resampling, separate: int | None) -> bool:
@@ -69,25 +129,43 @@ def _is_fused(how: Resampling, separate: int | None) -> bool:
     return how.order == 1 and (separate is None or how.order_z == 0)
 
 
-def _restore_by_class(logits: Array, placement: Placement, spec: ModelSpec, separate: int | None, half: bool, out: Array) -> None:
-    """Resample with other orders: one class at a time against a running best, never all of them at once."""
-    if spec.head.activation == "sigmoid":
-        for value, channel in zip(spec.head.values, logits, strict=True):
-            one = np.zeros(out.shape, out.dtype)
-            paint(_resized(channel, placement, spec, separate, half)[None], (value,), spec.head.threshold, out=one)
-            np.copyto(out, one, where=one > 0)
+def _crop(labels: Array, placement: Placement, spec: ModelSpec) -> Array:
+    """The crop as a strided view: kernels write it straight into the image's own axis order."""
+    return labels.transpose(spec.transpose)[placement.slices]
+
+
+def _decide(logits: Array, placement: Placement, spec: ModelSpec, slab: Slab | None, out: Array) -> None:
+    """Labels of the crop, or of a slab of it, in one pass."""
+    values, threshold = spec.head.values, spec.head.threshold
+    softmax = spec.head.activation == "softmax"
+    if not _changes_grid(placement, spec):
+        argmax(logits, values, slab=slab, out=out) if softmax else paint(logits, values, threshold, slab=slab, out=out)
         return
-    best = _resized(logits[0], placement, spec, separate, half)
-    out[...] = spec.head.values[0]
-    for value, channel in zip(spec.head.values[1:], logits[1:], strict=True):
-        candidate = _resized(channel, placement, spec, separate, half)
-        better = candidate > best
-        np.copyto(out, value, where=better)
-        np.copyto(best, candidate, where=better)
+    shape, rule = placement.cropped_shape, _rule(logits, placement, spec)
+    if softmax:
+        resample_argmax(logits, shape, values, **rule, slab=slab, out=out)
+    else:
+        resample_paint(logits, shape, values, threshold, **rule, slab=slab, out=out)
 
 
-def _resized(channel: Array, placement: Placement, spec: ModelSpec, separate: int | None, half: bool) -> FloatArray:
+def _restore_by_class(logits: Array, placement: Placement, spec: ModelSpec, out: Array) -> None:
+    """Resample with other orders: one class at a time against a running best, never all of them at once."""
+    round16 = _rule(logits, placement, spec)["round16"]
+    values = spec.head.values
+    if spec.head.activation == "sigmoid":
+        for k, value in enumerate(values):
+            paint_over(_resized(logits[k], placement, spec), out, value, spec.head.threshold, round16=round16)
+        return
+    best = _resized(logits[0], placement, spec)
+    out[...] = values[0]
+    for k, value in enumerate(values[1:], start=1):
+        keep_larger(best, _resized(logits[k], placement, spec), out, value, round16=round16)
+
+
+def _resized(channel: Array, placement: Placement, spec: ModelSpec) -> FloatArray:
     how = spec.resample_logits
-    wide = channel.astype(np.float32, copy=False)
-    resized = resize(wide, placement.cropped_shape, order=how.order, separate=separate, order_z=how.order_z)
-    return resized.astype(np.float16).astype(np.float32) if half else resized
+    wide = channel
+    if channel.dtype != np.float32:
+        wide = get_xp(channel).empty(channel.shape, np.float32)
+        wide[...] = channel
+    return resize(wide, placement.cropped_shape, order=how.order, separate=_separate(placement, spec), order_z=how.order_z)

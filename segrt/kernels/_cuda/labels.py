@@ -90,7 +90,7 @@ def _loop_product(a: Any, b: Any) -> Any:
 
 
 # a product that is rounded before it is added to anything: what a * b + c is not, once the compiler has fused it
-product = Scalar(_cuda_product, _loop_product)
+product: Any = Scalar(_cuda_product, _loop_product)
 
 
 @scalar
