@@ -10,9 +10,11 @@ from typing import TypeVar
 import numpy as np
 
 from .arrays import Array, FloatArray, Shape3, Spacing3
+from .device import get_xp, on_device, to_host
 from .errors import InputError
 from .kernels.bbox import nonzero_bbox, nonzero_mask
-from .kernels.normalize import clip_shift_scale, mean_std, minmax
+from .kernels.normalize import mean_std, minmax, moments, standardize
+from .kernels.onehot import include, mark_outside, one_hot
 from .kernels.resample import resize, resize_labels, resize_labels_linear
 from .spec import CTNorm, ModelSpec, NoNorm, Normalization, Resampling, RescaleNorm, RGBNorm, ShapeTarget, WindowNorm, ZScoreNorm
 from .volume import Placement, Volume
@@ -31,12 +33,12 @@ def preprocess(volume: Volume, spec: ModelSpec, *, previous: Array | None = None
 
     Parameters
     ----------
-    volume : (C, Z, Y, X) of any real dtype; not modified
-    previous : (Z, Y, X) labels of the stage before on the image's own grid; needed by a cascade
+    volume : (C, Z, Y, X) of any real dtype; not modified; its data may lie on a device
+    previous : (Z, Y, X) labels of the stage before on the image's own grid, wherever they lie; needed by a cascade
 
     Returns
     -------
-    data : (C, Z, Y, X) float32 on the working grid, one-hot labels of the stage before as its last channels
+    data : (C, Z, Y, X) float32 on the working grid, one-hot labels of the stage before as its last channels, where the image's data lies
     placement : where that array sits in the image
 
     Raises
@@ -47,20 +49,30 @@ def preprocess(volume: Volume, spec: ModelSpec, *, previous: Array | None = None
     _check_channels(volume, spec, previous)
     placement = place(volume, spec)
     image = volume.data.transpose(0, *(axis + 1 for axis in spec.transpose))[(slice(None), *placement.slices)]
-    labels = None if previous is None or spec.previous is None else previous.transpose(spec.transpose)[placement.slices]
+    if on_device(image) and spec.transpose != (0, 1, 2):
+        image = get_xp(image).ascontiguousarray(image)  # once, not in every kernel: neighbouring threads read neighbouring voxels
+    labels = None if previous is None or spec.previous is None else _beside(previous, image).transpose(spec.transpose)[placement.slices]
     mask = None
     if labels is not None or any(isinstance(c.normalization, ZScoreNorm) and c.normalization.masked for c in spec.channels):
         mask = nonzero_mask(image)
-    if labels is not None:
+    if labels is not None and mask is not None:
         # nnU-Net's mask is its segmentation, -1 outside: a label of the stage before is inside wherever it lies
-        mask = mask | (labels != 0)
-    data = np.empty((spec.in_channels, *placement.shape), np.float32)
+        mask = include(mask, labels)
+    data: FloatArray = get_xp(image).empty((spec.in_channels, *placement.shape), np.float32)
     separate = spec.resample_image.separate_axis(placement.transposed_spacing, placement.spacing)
     for channel, part, out in zip(image, spec.channels, data, strict=False):
         _normalize_resize(channel, part.normalization, mask, spec.resample_image, separate, out, f"{volume.name}, channel {part.name}")
     if labels is not None and mask is not None:
         _one_hot(labels, mask, spec, placement, data[len(spec.channels) :])
     return data, placement
+
+
+def _beside(labels: Array, image: Array) -> Array:
+    """The labels where the image lies."""
+    if on_device(image):
+        moved: Array = get_xp(image).asarray(labels)
+        return moved
+    return to_host(labels)
 
 
 def place(volume: Volume, spec: ModelSpec) -> Placement:
@@ -114,14 +126,13 @@ def _normalize_resize(
     resize(channel, out.shape, order=order, separate=separate, order_z=how.order_z, single=single, clip=clip, affine=affine, out=out)
 
 
-def _standardize(channel: Array, mask: Array, name: str) -> FloatArray:
+def _standardize(channel: Array, mask: Array, name: str) -> Array:
     """Zero mean and unit variance inside `mask`; the outside stays as it is."""
-    if not mask.any():
+    count, mean, std = moments(channel, mask)
+    if count == 0:
         logger.warning("%s has no voxel that is not zero; it is left as it is", name)
-        return channel.astype(np.float32)
-    mean, std = mean_std(channel, mask)
-    inside: FloatArray = np.where(mask, clip_shift_scale(channel, *_UNBOUNDED, mean, max(std, _EPSILON)), channel.astype(np.float32))
-    return inside
+        return channel
+    return standardize(channel, mask, mean, max(std, _EPSILON))
 
 
 def _affine(channel: Array, norm: Normalization, name: str) -> Affine | None:
@@ -150,16 +161,14 @@ def _one_hot(labels: Array, mask: Array, spec: ModelSpec, placement: Placement, 
     """Resample the labels of the stage before and write one channel per label into `out`."""
     assert spec.previous is not None
     # nnU-Net marks background outside the non-zero mask by -1 before it resamples; that competes at the borders
-    signed = labels.astype(np.int16 if labels.dtype == np.uint8 else np.int32)  # first: NumPy would store -1 as 255
-    marked = np.where(mask, signed, signed.dtype.type(-1))
+    marked = mark_outside(labels, mask)
     how = spec.resample_labels
     separate = how.separate_axis(placement.transposed_spacing, placement.spacing)
     if how.method == "linear":
         resampled = resize_labels_linear(marked, placement.shape, separate=separate)
     else:
         resampled = resize_labels(marked, placement.shape, order=how.order, separate=separate, order_z=how.order_z)
-    for value, channel in zip(spec.previous.values, out, strict=True):
-        np.equal(resampled, value, out=channel, casting="unsafe")
+    one_hot(resampled, spec.previous.values, out)
 
 
 def _triple(values: Iterable[_T]) -> tuple[_T, _T, _T]:

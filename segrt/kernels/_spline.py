@@ -17,9 +17,11 @@ from ..arrays import Array
 POLE = 3**0.5 - 2
 GAIN = 6.0  # (1 - POLE) * (1 - 1 / POLE), folded into the sampling weights
 MARGIN = 2  # coefficients needed beyond each end of a line of a cubic spline
+CARDINAL = 28  # taps of a sample that needs no prefilter
 LANES = 16
 STRIP = 256  # x voxels of a row the depth pass takes at once: nz * STRIP floats stay in the second-level cache
 
+_FAR = 34  # POLE^34 is below float64's resolution
 _Z = np.float32(POLE)
 _FIRST = np.float32(1 / (1 - POLE))
 _LAST_STEADY = np.float32(-POLE / (1 - POLE))
@@ -37,12 +39,33 @@ def taps(size: int, new: int, order: int) -> tuple[Array, Array]:
         lower, t = fractions(size, new, order)
         index = np.stack([lower, np.minimum(lower + 1, size - 1)], axis=1).astype(np.uint32)
         return (index[:, :1], np.ones((new, 1), np.float32)) if order == 0 else (index, np.stack([1 - t, t], axis=1).astype(np.float32))
+    low, basis = _cubic_basis(size, new)
+    return (low[:, None] + (np.arange(4) - 1 + MARGIN)).astype(np.uint32), (basis * (GAIN / 6)).astype(np.float32)
+
+
+def cardinal_taps(size: int, new: int) -> tuple[Array, Array]:
+    """Return where each of `new` cubic samples starts to read a line of `size` (new,) int64, and the samples' weights (new, T) float64.
+
+    Basis functions and prefilter in one: the inverse of the B-spline filter answers to a single one with sqrt(3) * POLE^|m|. What lies
+    beyond a window, or beyond an end, is taken to be what lies at its end; with CARDINAL taps that changes a sample by less than 1.1e-8 of
+    the line's range. T is CARDINAL, or `size` for shorter lines. A sum over the window replaces the recursion where threads want no order.
+    """
+    low, basis = _cubic_basis(size, new)
+    reach = np.arange(-_FAR, _FAR + 1)
+    weights = basis @ (3**0.5 / 6 * POLE ** np.abs(reach - np.arange(-1, 3)[:, None]))
+    count = min(CARDINAL, size)
+    start = np.clip(low - (CARDINAL // 2 - 1), 0, size - count)
+    tap = np.clip(low[:, None] + reach - start[:, None], 0, count - 1) + count * np.arange(new)[:, None]
+    return start, np.bincount(tap.ravel(), weights.ravel(), new * count).reshape(new, count)
+
+
+def _cubic_basis(size: int, new: int) -> tuple[Array, Array]:
+    """The position at or below each of `new` samples (new,) int64, and six times the basis functions from one before it (new, 4)."""
     position = size / new * (np.arange(new) + 0.5) - 0.5
     low = np.floor(position).astype(np.int64)
     t = position - low
     u = 1 - t
-    weights = np.stack([u**3, t * t * (t - 2) * 3 + 4, u * u * (u - 2) * 3 + 4, t**3], axis=1) * (GAIN / 6)
-    return (low[:, None] + (np.arange(4) - 1 + MARGIN)).astype(np.uint32), weights.astype(np.float32)
+    return low, np.stack([u**3, t * t * (t - 2) * 3 + 4, u * u * (u - 2) * 3 + 4, t**3], axis=1)
 
 
 def fractions(size: int, new: int, order: int, *, single: bool = False) -> tuple[Array, Array]:

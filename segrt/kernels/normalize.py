@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit, prange
 
 from ..arrays import Array, FloatArray
+from ..device import get_xp, on_device, to_host
 from ..errors import InputError
 from ._views import LAUNCH, NATIVE, flatten
 
@@ -17,16 +18,21 @@ def clip_shift_scale(array: Array, lower: float, upper: float, shift: float, sca
 
     Parameters
     ----------
-    array : any shape, any real dtype; not modified
+    array : any shape, any real dtype; not modified; may lie on a device
     lower, upper : clip bounds, may be infinite
     shift, scale : subtracted, then divided by
 
     Returns
     -------
-    (same shape) float32, always a new array
+    (same shape) float32, always a new array, where the array lies
     """
     volume = _volume(array)
-    out = np.empty(volume.shape, np.float32)
+    out: FloatArray = get_xp(array).empty(volume.shape, np.float32)
+    if on_device(array):
+        from ._cuda import normalize as device
+
+        device.scale(volume, lower, upper, shift, scale, out)
+        return out.reshape(array.shape)
     flat, layout = flatten(volume)
     with LAUNCH:
         _clip_shift_scale(flat, layout, np.float32(lower), np.float32(upper), np.float32(shift), np.float32(scale), out)
@@ -38,33 +44,79 @@ def mean_std(array: Array, mask: Array | None = None) -> tuple[float, float]:
 
     Parameters
     ----------
-    array : any shape, any real dtype
-    mask : same shape, bool: only these voxels count; None takes all
+    array : any shape, any real dtype; may lie on a device, then a few thousand sums come to the host
+    mask : same shape, bool, where the array lies: only these voxels count; None takes all
 
     Raises
     ------
     InputError
         When no voxel counts, or mask and array differ in shape.
     """
+    count, mean, std = moments(array, mask)
+    if count == 0:
+        raise InputError("mean_std: no voxel to measure (empty array or empty mask)")
+    return mean, std
+
+
+def moments(array: Array, mask: Array | None = None) -> tuple[int, float, float]:
+    """Return how many voxels count, their mean and their standard deviation, (0, 0, 0) when none does; see `mean_std`.
+
+    Raises
+    ------
+    InputError
+        When mask and array differ in shape.
+    """
     if mask is not None and mask.shape != array.shape:
         raise InputError(f"mean_std: mask of shape {mask.shape} does not fit an array of shape {array.shape}")
+    count, total, square, pivot = _sums(array, mask) if array.size else (0, 0.0, 0.0, 0.0)
+    if count == 0:
+        return 0, 0.0, 0.0
+    mean = total / count
+    return count, pivot + mean, float(np.sqrt(max(square / count - mean * mean, 0.0)))
+
+
+def _sums(array: Array, mask: Array | None) -> tuple[int, float, float, float]:
+    """Voxels that count, the sums of their distance from the pivot and of its square, and the pivot."""
     volume = _volume(array)
+    if on_device(array):
+        from ._cuda import normalize as device
+
+        return device.moments(volume, None if mask is None else mask.reshape(volume.shape))
     chosen = np.ones((1, 1, 1), np.uint8) if mask is None else _volume(mask.astype(bool, copy=False)).view(np.uint8)
     flat, layout = flatten(volume)
     chosen_flat, chosen_layout = flatten(chosen)
     with LAUNCH:
         # around a value of the array itself, so that a large offset does not cancel the variance
-        pivot = float(volume[0, 0, 0]) if volume.size else 0.0
+        pivot = float(volume[0, 0, 0])
         counts, sums, squares = _moments(flat, layout, volume.shape, chosen_flat, chosen_layout, mask is not None, pivot)
-    count = int(counts.sum())
-    if count == 0:
-        raise InputError("mean_std: no voxel to measure (empty array or empty mask)")
-    mean = float(sums.sum()) / count
-    return pivot + mean, float(np.sqrt(max(float(squares.sum()) / count - mean * mean, 0.0)))
+    return int(counts.sum()), float(sums.sum()), float(squares.sum()), pivot
+
+
+def standardize(array: Array, mask: Array, mean: float, std: float) -> FloatArray:
+    """Return (v - mean) / std inside the mask and v outside, in float32 arithmetic.
+
+    Parameters
+    ----------
+    array : any shape, any real dtype; not modified; may lie on a device
+    mask : same shape, bool, where the array lies
+
+    Returns
+    -------
+    (same shape) float32, always a new array, where the array lies
+    """
+    if not on_device(array):
+        scaled: FloatArray = np.where(mask, clip_shift_scale(array, -np.inf, np.inf, mean, std), array.astype(np.float32))
+        return scaled
+    from ._cuda import normalize as device
+
+    volume = _volume(array)
+    out: FloatArray = get_xp(array).empty(volume.shape, np.float32)
+    device.standardize(volume, mask.reshape(volume.shape), mean, std, out)
+    return out.reshape(array.shape)
 
 
 def minmax(array: Array) -> tuple[float, float]:
-    """Return the smallest and the largest value; NaN when there is one.
+    """Return the smallest and the largest value of an array, which may lie on a device; NaN when there is one.
 
     Raises
     ------
@@ -73,11 +125,18 @@ def minmax(array: Array) -> tuple[float, float]:
     """
     if array.size == 0:
         raise InputError("minmax: the array is empty")
-    return float(array.min()), float(array.max())
+    # float32 does not hold every number of the wide types, which no scanner writes
+    if not on_device(array) or (array.dtype.itemsize > 2 and array.dtype != np.float32):
+        array = to_host(array)
+        return float(array.min()), float(array.max())
+    from ._cuda import normalize as device
+
+    low, high = to_host(device.extremes(_volume(array), device.PLAIN))
+    return float(low.min()), float(high.max())
 
 
 def percentiles(array: Array, q: Sequence[float]) -> tuple[float, ...]:
-    """Return the percentiles `q` (0..100), linearly interpolated as numpy's default does.
+    """Return the percentiles `q` (0..100), linearly interpolated as numpy's default does; an array on a device is sorted on the host.
 
     Raises
     ------
@@ -86,12 +145,12 @@ def percentiles(array: Array, q: Sequence[float]) -> tuple[float, ...]:
     """
     if array.size == 0:
         raise InputError("percentiles: the array is empty")
-    return tuple(float(v) for v in np.percentile(array, q))
+    return tuple(float(v) for v in np.percentile(to_host(array), q))
 
 
 def _volume(array: Array) -> Array:
     """`array` as (Z, Y, X) in a dtype the loops are compiled for, itself where possible."""
-    native = array if array.dtype in NATIVE or array.dtype == bool else array.astype(np.float32)
+    native = array if array.dtype in NATIVE or array.dtype == bool else get_xp(array).asarray(array, np.float32)
     return native if native.ndim == 3 else native.reshape(-1, 1, native.shape[-1] if native.ndim else 1)
 
 

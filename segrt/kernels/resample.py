@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..arrays import Array, FloatArray, Shape3
+from ..device import get_xp, on_device, to_host
 from ..errors import InputError
 from . import _spline
 from ._indicators import corners, resize_indicators
@@ -37,7 +38,7 @@ def resize(
 
     Parameters
     ----------
-    array : (Z, Y, X) any real dtype, any strides; not modified
+    array : (Z, Y, X) any real dtype, any strides; not modified; may lie on a device
     shape : (z, y, x) in voxels
     order : 0, 1 or 3
     separate : resample slices across this axis by `order` in their plane, then along the axis by `order_z` (map_coordinates)
@@ -45,11 +46,11 @@ def resize(
     single : with order_z 0, round positions along `separate` to float32 as torch's "nearest-exact" does
     clip : clip to the input's smallest and largest value (with `separate`: each slice to its own); order 0 and 1 never need it
     affine : (lower, upper, shift, scale): values become (clip(v, lower, upper) - shift) / scale while they are read
-    out : (z, y, x) float32 to write to
+    out : (z, y, x) float32 to write to, where the array lies
 
     Returns
     -------
-    (z, y, x) float32: `out`, or a new array
+    (z, y, x) float32: `out`, or a new array where the array lies
 
     Raises
     ------
@@ -60,18 +61,27 @@ def resize(
     if out is not None and (out.shape != tuple(shape) or out.dtype != np.float32):
         raise InputError(f"resize: out must be float32 of shape {tuple(shape)}, got {out.dtype} of shape {out.shape}")
     if separate:
-        moved_out = None if out is None else np.moveaxis(out, separate, 0)
-        moved = _moved(shape, separate)
-        turned, rule = np.moveaxis(array, separate, 0), {"order": order, "order_z": order_z}
+        front = separate, *(axis for axis in range(3) if axis != separate)
+        moved_out = None if out is None else out.transpose(front)
+        moved = _triple(shape[axis] for axis in front)
+        turned, rule = array.transpose(front), {"order": order, "order_z": order_z}
         resized = resize(turned, moved, **rule, separate=0, single=single, clip=clip, affine=affine, out=moved_out)
-        return np.moveaxis(resized, 0, separate)
-    result = out if out is not None and out.flags.c_contiguous else np.empty(shape, np.float32)
+        back: FloatArray = resized.transpose([front.index(axis) for axis in range(3)])
+        return back
+    result = out if out is not None and out.flags.c_contiguous else get_xp(array).empty(shape, np.float32)
     if array.shape == tuple(shape):
         result[...] = array if affine is None else clip_shift_scale(array, *affine)
     else:
-        source = array if array.dtype in NATIVE else array.astype(np.float32)
-        with LAUNCH:
-            _resize(source, result, order, order_z if separate == 0 else order, separate == 0, single, clip, affine)
+        source = array if array.dtype in NATIVE else get_xp(array).asarray(array, np.float32)
+        if on_device(array):
+            from ._cuda import resample as device
+
+            scalars = (int(affine is None), *_scalars(affine))
+            rules = {"separate": separate == 0, "single": single, "clip": clip and 3 in (order, order_z)}
+            device.resize(source, result, order, order_z if separate == 0 else order, **rules, scalars=scalars)
+        else:
+            with LAUNCH:
+                _resize(source, result, order, order_z if separate == 0 else order, separate == 0, single, clip, affine)
     if out is None or out is result:
         return result
     out[...] = result
@@ -151,10 +161,6 @@ def _bounds(array: Array, function: _Scalars, wanted: bool, per_slice: bool) -> 
     return ends[0], ends[1]
 
 
-def _moved(shape: Shape3, axis: int) -> Shape3:
-    return _triple((shape[axis], *(n for a, n in enumerate(shape) if a != axis)))
-
-
 def _check(array: Array, shape: Shape3, order: int, order_z: int, separate: int | None) -> None:
     if array.ndim != 3 or len(shape) != 3 or min(*array.shape, *shape) < 1:
         raise InputError(f"resize: expected three axes of at least one voxel, got shape {array.shape} -> {tuple(shape)}")
@@ -172,15 +178,15 @@ def resize_labels(labels: Array, shape: Shape3, *, order: int, separate: int | N
 
     Parameters
     ----------
-    labels : (Z, Y, X) any integer dtype, any strides; not modified
+    labels : (Z, Y, X) any integer dtype, any strides; not modified; may lie on a device
     shape : (z, y, x) in voxels
-    order : 0 (nearest neighbour), 1 or 3
+    order : 0 (nearest neighbour), 1 or 3 (on the host, wherever the labels lie)
     separate : resample slices across this axis by `order` in their plane, then along the axis by `order_z`
-    order_z : 0, or 1 or 3: along the axis a label is set where its indicator exceeds 0.5, higher labels over lower
+    order_z : 0, or 1 or 3 (on the host): along the axis a label is set where its indicator exceeds 0.5, higher labels over lower
 
     Returns
     -------
-    (z, y, x) of the labels' dtype, always a new array
+    (z, y, x) of the labels' dtype, always a new array where the labels lie
 
     Raises
     ------
@@ -190,13 +196,16 @@ def resize_labels(labels: Array, shape: Shape3, *, order: int, separate: int | N
     _check(labels, shape, order, order_z, separate)
     if labels.shape == tuple(shape):
         return labels.copy()
-    if separate is not None and order_z != 0 and labels.shape[separate] != shape[separate]:
+    across = separate is not None and order_z != 0 and labels.shape[separate] != shape[separate]
+    if on_device(labels) and (across or order == 3):
+        # no model that nnU-Net plans asks for these, and label by label they read the image dozens of times
+        result: Array = resize_labels(to_host(labels), shape, order=order, separate=separate, order_z=order_z)
+        return get_xp(labels).asarray(result)  # type: ignore[no-any-return]
+    if separate is not None and across:
         within = _triple(n if a == separate else m for a, (n, m) in enumerate(zip(labels.shape, shape, strict=True)))
         return _along_axis(resize_labels(labels, within, order=order, separate=separate), shape, separate, order_z)
     if order == 0:
-        z, y, x = (_spline.taps(n, m, 0)[0][:, 0] for n, m in zip(labels.shape, shape, strict=True))
-        gathered: Array = labels[np.ix_(z, y, x)]
-        return gathered
+        return _by_nearest(labels, shape)
     if order == 3:
         return _by_spline(labels, shape, separate)
     return _by_corners(labels, shape, separate, half=False)
@@ -214,8 +223,20 @@ def resize_labels_linear(labels: Array, shape: Shape3, *, separate: int | None =
     return _by_corners(labels, shape, separate, half=True)
 
 
+def _by_nearest(labels: Array, shape: Shape3) -> Array:
+    index = [_spline.taps(n, m, 0)[0][:, 0] for n, m in zip(labels.shape, shape, strict=True)]
+    if not on_device(labels):
+        gathered: Array = labels[np.ix_(*index)]
+        return gathered
+    from ._cuda import indicators as device
+
+    out: Array = get_xp(labels).empty(shape, labels.dtype)
+    device.gather(labels, index, out)
+    return out
+
+
 def _by_corners(labels: Array, shape: Shape3, separate: int | None, *, half: bool) -> Array:
-    if labels.dtype not in (np.uint8, np.int16):
+    if not on_device(labels) and labels.dtype not in (np.uint8, np.int16):
         values, codes = np.unique(labels, return_inverse=True)
         # codes keep the order of the labels, which is all that ties ask for
         small = codes.reshape(labels.shape).astype(np.int16 if len(values) < 1 << 15 else np.int32)
@@ -227,7 +248,12 @@ def _by_corners(labels: Array, shape: Shape3, separate: int | None, *, half: boo
 
 def _corner_loop(labels: Array, shape: Shape3, separate: int | None, *, half: bool) -> Array:
     z, y, x = (corners(n, m, nearest=a == separate, single=half) for a, (n, m) in enumerate(zip(labels.shape, shape, strict=True)))
-    out = np.empty(shape, labels.dtype)
+    out: Array = get_xp(labels).empty(shape, labels.dtype)
+    if on_device(labels):
+        from ._cuda import indicators as device
+
+        device.vote(labels, (z, y, x), half, out)
+        return out
     flat, layout = flatten(labels)
     with LAUNCH:
         resize_indicators(flat, layout, z, y, x, half, out)
