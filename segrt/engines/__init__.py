@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from ..arrays import Array, FloatArray
 from ..bundle import Bundle, sha256
-from ..device import count_gpus, device_number
+from ..device import count_gpus, device_number, memory_errors
 from ..errors import BackendError
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,11 @@ def _open(bundle: Bundle, member: str, backend: str, precision: Precision | None
     opener = getattr(importlib.import_module(f".{module}", __name__), function)
     engine: Engine
     if backend not in _ONLY_CPU:
-        engine = opener(bundle, member, chosen, threads, device)
+        try:
+            with memory_errors():
+                engine = opener(bundle, member, chosen, threads, device)
+        except MemoryError as err:
+            raise BackendError(f"the memory of {device} does not hold member {member!r} on {backend}: {err}") from err
         return engine
     engine = opener(bundle, member, chosen, threads)
     if device == "cpu":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, combinations
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import chain, combinations, cycle
+from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, FloatArray
-from ..device import to_device, to_host
+from ..arrays import Array, FloatArray, require
+from ..device import Simulated, compute_on, get_xp, on_device, open_stream, to_device, to_host, use_device, wait_for
 from . import Engine
 
 
@@ -58,3 +60,105 @@ class Hosted:
     def close(self) -> None:
         """Close the engine inside."""
         self._engine.close()
+
+
+class Spread:
+    """Run one batch over several engines at once, one thread each: several GPUs, or copies of a network on one device.
+
+    The patches are dealt out in parts of the engines' own batches and the logits come back in the patches' order, so equal engines give the
+    bytes that one of them alone would. `device` is the first engine's; parts for others are copied there and back.
+
+    Raises
+    ------
+    MemoryError, BackendError
+        What any engine raises, once all have stopped.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = tuple(engines)
+        self._streams = [open_stream(engine.device) for engine in engines]
+        # a thread of its own for every engine: CUDA's libraries keep handles for each thread that calls them
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="segrt-engine") for _ in engines]
+        self.name = " + ".join(engine.name for engine in engines)
+        self.batch = sum(engine.batch for engine in engines)
+        held = [engine.held_bytes for engine in engines]
+        self.held_bytes = sum(held) if all(held) else 0
+        self.device = engines[0].device
+
+    def __call__(self, patches: FloatArray) -> Array:
+        """Run all engines on their parts; see `Engine`."""
+        _finish(patches)
+        parts = self._deal(len(patches))
+        jobs = [
+            thread.submit(self._run, number, [patches[a:b] for a, b, owner in parts if owner == number])
+            for number, thread in enumerate(self._threads)
+        ]
+        wait(jobs)
+        self.batch = sum(engine.batch for engine in self._engines)  # one may have halved its own
+        answers = [iter(job.result()) for job in jobs]
+        return _joined([next(answers[owner]) for _, _, owner in parts])
+
+    def close(self) -> None:
+        """Close all engines."""
+        for thread in self._threads:
+            thread.shutdown()
+        for engine in self._engines:
+            engine.close()
+
+    def _deal(self, count: int) -> list[tuple[int, int, int]]:
+        """(first, stop, engine) of every part, in order."""
+        parts, first = [], 0
+        for number in cycle(range(len(self._engines))):
+            stop = min(first + self._engines[number].batch, count)
+            parts.append((first, stop, number))
+            first = stop
+            if first >= count:
+                return parts
+        raise AssertionError("there is an engine")
+
+    def _run(self, number: int, parts: Sequence[Array]) -> list[Array]:
+        """Logits of one engine's parts, where the patches lie."""
+        engine, stream, answers = self._engines[number], self._streams[number], []
+        with compute_on(engine.device, stream):
+            for part in parts:
+                logits = engine(_moved(part, engine.device))
+                wait_for(stream)
+                answers.append(_moved(logits, self.device))
+        return answers
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    if len(parts) == 1:
+        return parts[0]
+    whole: Array = get_xp(parts[0]).empty((sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].dtype)
+    first = 0
+    for part in parts:
+        whole[first : first + len(part)] = part
+        first += len(part)
+    return whole
+
+
+def _moved(array: Any, device: str) -> Any:
+    """The array on `device`; itself where it lies there. The copy is done when it comes out."""
+    place = _place(array)
+    if place == device:
+        return array
+    if not (place.startswith("cuda") and device.startswith("cuda")):
+        return to_device(to_host(array), device)
+    with use_device(device):
+        copied = array.copy()  # from one GPU to the other
+        _finish(copied)
+        return copied
+
+
+def _place(array: Any) -> str:
+    if isinstance(array, Simulated):
+        return "simulated"
+    return f"cuda:{array.device.id}" if on_device(array) else "cpu"
+
+
+def _finish(array: Any) -> None:
+    """Wait for what the current stream still does to an array on a GPU."""
+    if _place(array).startswith("cuda"):
+        with array.device:
+            require("cupy", extra="gpu").cuda.get_current_stream().synchronize()

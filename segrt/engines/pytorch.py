@@ -1,55 +1,146 @@
-"""PyTorch on the CPU: the reference every compiled engine is held against."""
+"""PyTorch: on the CPU the reference every compiled engine is held against, on a GPU an engine that needs no build."""
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from ..arrays import FloatArray, require
+from ..arrays import Array, FloatArray, require
 from ..bundle import Bundle
+from ..device import device_number, on_device, use_device
 from ..errors import BackendError
 from ..spec import UNetSpec
+from .batches import gpu_batch, in_batches, smaller_batch_after_memory_error
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS = {"cpu": ("fp32", "bf16"), "gpu": ("fp32", "fp16", "bf16")}
 
 
 class TorchEngine:
-    """A torch module in evaluation mode."""
+    """A torch module in evaluation mode, on memory shared with CuPy or NumPy.
 
-    def __init__(self, network: Any, *, dimensions: int, precision: str = "fp32", batch: int = 1) -> None:
+    On the CPU bf16 is autocast. On a GPU ("simulated" goes the same way on the CPU) fp16 and bf16 are the weights' own type, channels
+    last: autocast would round every weight anew in each call. Normalisation keeps float32 parameters and sums in float32, for a 16-bit sum
+    over a window overflows; only what it reads and writes has 16 bits. fp16 logits stay float16; bf16 ones come out as float32, which holds
+    their range.
+
+    Parameters
+    ----------
+    network : module whose result is logits (N, `classes`, (Z,) Y, X); it is moved and converted in place
+    batch : windows per call
+    compiled : let torch.compile fuse normalisation and activation; takes a minute at the first call. Where it cannot, a warning says why
+        and the network runs as it is
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        classes: int,
+        dimensions: int,
+        precision: str = "fp32",
+        batch: int = 1,
+        device: str = "cpu",
+        compiled: bool = False,
+    ) -> None:
+        torch = require("torch", extra="export")
+        self._number = device_number(device)
+        self._place = torch.device("cpu" if self._number is None else f"cuda:{self._number}")
+        self._classes, self._dimensions, self._precision = classes, dimensions, precision
+        self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         self._network = network.eval()
-        self._dimensions = dimensions
-        self._precision = precision
+        if device != "cpu":
+            self._network = _rounded(self._network.to(self._place), self._dtype, dimensions)
+        self._compiled = torch.compile(self._network) if compiled else None
+        self._lock: Any = nullcontext() if device == "cpu" else threading.Lock()
         self.batch = batch
         self.held_bytes = 0
-        self.device = "cpu"
-        self.name = f"pytorch, cpu, {precision}"
+        self.device = device
+        self.name = f"pytorch, {device}, {precision}{', compiled' if compiled else ''}"
 
-    def __call__(self, patches: FloatArray) -> FloatArray:
+    def __call__(self, patches: FloatArray) -> Array:
         """Run the network; see `Engine`."""
-        torch = require("torch", extra="export")
-        squeezed = np.ascontiguousarray(patches[:, :, 0] if self._dimensions == 2 else patches)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._precision == "bf16"):
-            # one at a time: torch picks its algorithm by the batch, and equal patches must give equal logits
-            logits = np.concatenate([self._network(torch.from_numpy(patch[None])).float().numpy() for patch in squeezed])
-        return np.ascontiguousarray(logits[:, :, None] if self._dimensions == 2 else logits)
+        dtype = np.float16 if self._precision == "fp16" else np.float32
+        with self._lock, self._context(), smaller_batch_after_memory_error(self):
+            # torch picks its algorithm by the batch, and equal patches must give equal logits
+            return in_batches(patches, self.batch, self._classes, dtype, self._run)
 
     def close(self) -> None:
-        """Release the network."""
-        del self._network
+        """Release the network, and on a GPU the memory torch keeps."""
+        del self._network, self._compiled
+        _release(self._number)
+
+    def _run(self, part: Any, out: Any) -> None:
+        source, target = _tensor(part), _tensor(out)
+        if self._dimensions == 2:
+            source, target = source[:, :, 0], target[:, :, 0]
+        if self.device != "cpu":
+            source = source.to(self._dtype, memory_format=_channels_last(self._dimensions))
+        target.copy_(self._logits(source))
+
+    def _logits(self, source: Any) -> Any:
+        if self._compiled is None:
+            return self._network(source)
+        torch = require("torch", extra="export")
+        try:
+            return self._compiled(source)
+        except torch._dynamo.exc.TorchDynamoException as err:
+            logger.warning(
+                "%s: torch.compile does not work here, the network runs as it is: %s", self.name, " ".join(str(err).split())[:300]
+            )
+            self._compiled, self.name = None, self.name.removesuffix(", compiled")
+            return self._network(source)
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        """Device, stream and settings for one call; what they were before comes back after it."""
+        torch = require("torch", extra="export")
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if self.device == "cpu":
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=self._precision == "bf16"))
+            else:
+                stack.enter_context(use_device(self.device))
+                # deterministic, for repeated runs give equal bytes; without tf32, for fp32 means it
+                flags = {"enabled": True, "benchmark": True, "deterministic": True, "allow_tf32": False}
+                stack.enter_context(torch.backends.cudnn.flags(**flags))
+            if self._number is not None:
+                stack.enter_context(torch.cuda.stream(_torch_stream(torch, self._number)))
+            yield
 
 
 def open_member(bundle: Bundle, member: str, precision: str, threads: int, device: str) -> TorchEngine:
     """Build the network of the spec and load a member's weights.
 
     `threads` is torch's own process-wide setting and is left alone: set it with torch.set_num_threads.
+
+    Raises
+    ------
+    BackendError
+        When torch or the weights are missing, torch sees no GPU, or the precision is none it serves there.
     """
-    if precision not in ("fp32", "bf16"):
-        raise BackendError(f"PyTorch on a CPU serves fp32 and bf16, not {precision}")
+    place = "cpu" if device == "cpu" else "gpu"
+    if precision not in _PRECISIONS[place]:
+        served = " and ".join((", ".join(_PRECISIONS[place][:-1]), _PRECISIONS[place][-1]))
+        raise BackendError(f"PyTorch on a {place.upper()} serves {served}, not {precision}")
     spec = bundle.spec
     if not isinstance(spec.network, UNetSpec):
         raise BackendError(
             f"{bundle.path}: network family {spec.network.family!r} has no PyTorch form; use backend openvino or onnxruntime"
         )
+    _check_torch(device)
+    network = _load(bundle, member, spec.network)
+    batch = 1 if device == "cpu" else gpu_batch(spec.inference.patch)
+    return TorchEngine(network, classes=spec.classes, dimensions=spec.dimensions, precision=precision, batch=batch, device=device)
+
+
+def _load(bundle: Bundle, member: str, network: UNetSpec) -> Any:
     path = bundle.weights_path(member)
     if not path.is_file():
         raise BackendError(f"{path} is missing: this bundle runs from its ONNX file; use backend openvino or onnxruntime")
@@ -61,6 +152,47 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
         weights = require("safetensors.torch", extra="export").load_file(str(path))
     except (safetensors.SafetensorError, OSError) as err:
         raise BackendError(f"{path}: not readable as safetensors ({err}); copy the bundle again") from err
-    network = build(spec.network)
-    load_weights(network, weights, where=str(path))
-    return TorchEngine(network, dimensions=spec.dimensions, precision=precision)
+    built = build(network)
+    load_weights(built, weights, where=str(path))
+    return built
+
+
+def _check_torch(device: str) -> None:
+    """Refuse a torch that cannot compute on a GPU which CuPy sees."""
+    torch = require("torch", extra="export")
+    number = device_number(device)
+    if number is not None and (not torch.cuda.is_available() or number >= torch.cuda.device_count()):
+        raise BackendError(f"torch {torch.__version__} cannot compute on {device}; install a build of torch for CUDA 13")
+
+
+def _rounded(network: Any, dtype: Any, dimensions: int) -> Any:
+    """The network with weights of `dtype`, channels last, and normalisation left in float32."""
+    torch = require("torch", extra="export")
+    norms = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm)
+    for module in network.modules():
+        if not isinstance(module, norms):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    return network.to(memory_format=_channels_last(dimensions))
+
+
+def _channels_last(dimensions: int) -> Any:
+    torch = require("torch", extra="export")
+    return torch.channels_last_3d if dimensions == 3 else torch.channels_last
+
+
+def _tensor(array: Any) -> Any:
+    """A torch tensor of the same memory, wherever it lies."""
+    torch = require("torch", extra="export")
+    return torch.from_dlpack(array if on_device(array) and not isinstance(array, np.ndarray) else np.asarray(array))
+
+
+def _torch_stream(torch: Any, number: int) -> Any:
+    """CuPy's current stream, for torch."""
+    address = require("cupy", extra="gpu").cuda.get_current_stream().ptr
+    return torch.cuda.ExternalStream(address, device=number) if address else torch.cuda.default_stream(number)
+
+
+def _release(number: int | None) -> None:
+    if number is not None:
+        require("torch", extra="export").cuda.empty_cache()

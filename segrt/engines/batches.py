@@ -1,0 +1,72 @@
+"""What engines of a GPU share: calls of one fixed size, and what happens when the GPU's memory runs out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array, Shape3, require
+from ..device import device_number, get_xp, memory_errors
+from . import Engine
+
+# what cuDNN says when none of its algorithms finds room
+_NO_ROOM = re.compile(r"valid cuDNN algorithm|unable to find an engine|ALLOC_FAILED", re.IGNORECASE)
+# voxels of a batch that keep a large GPU busy: 4 windows of 64 x 160 x 160, with some 3 GB of activations in 16 bits
+_BUSY_VOXELS = 2**23
+_LARGEST_BATCH = 16
+
+
+def gpu_batch(patch: Shape3) -> int:
+    """Windows per call on a GPU: a power of two, fewer when they are large."""
+    fitting = max(1, _BUSY_VOXELS // int(np.prod(patch)))
+    return min(_LARGEST_BATCH, 1 << (fitting.bit_length() - 1))
+
+
+def in_batches(patches: Array, batch: int, classes: int, dtype: Any, run: Callable[[Any, Any], None]) -> Array:
+    """Logits (N, classes, Z, Y, X) of `dtype` where the patches lie, by `run(part, out)` on exactly `batch` patches at a time.
+
+    GPU libraries choose their algorithm by the batch. With one size, the last part filled up with zeros, equal patches give equal logits,
+    and nothing is tuned or compiled twice.
+    """
+    xp = get_xp(patches)
+    count, spatial = len(patches), patches.shape[2:]
+    logits: Array = xp.empty((count, classes, *spatial), dtype)
+    for first in range(0, count, batch):
+        part = xp.ascontiguousarray(patches[first : first + batch])
+        if len(part) == batch:
+            run(part, logits[first : first + batch])
+            continue
+        full = xp.zeros((batch, *patches.shape[1:]), np.float32)
+        full[: len(part)] = part
+        scratch = xp.empty((batch, classes, *spatial), dtype)
+        run(full, scratch)
+        logits[first:] = scratch[: len(part)]
+    return logits
+
+
+@contextmanager
+def smaller_batch_after_memory_error(engine: Engine) -> Iterator[None]:
+    """Raise MemoryError for whatever a CUDA library calls it, and halve the engine's batch, so that the caller's next try asks for less."""
+    try:
+        with memory_errors(), _library_errors():
+            yield
+    except MemoryError:
+        engine.batch = max(1, engine.batch // 2)
+        # CuPy keeps what it freed, out of the reach of other libraries
+        if device_number(engine.device) is not None:
+            require("cupy", extra="gpu").get_default_memory_pool().free_all_blocks()
+        raise
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as err:
+        if _NO_ROOM.search(str(err)):
+            raise MemoryError(str(err)) from err
+        raise

@@ -1,0 +1,423 @@
+"""Engines of a device, on the simulated one: shared memory without a copy, batches of one size, precisions, what is refused and why."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cupy
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from factories import UNET_2D, UNET_3D, unet_bundle
+
+from segrt.arrays import FloatArray, require
+from segrt.bundle import Bundle, sha256
+from segrt.device import Simulated, to_device, to_host
+from segrt.engines import _finds_gpu, open_engine, resolve_device, rtx
+from segrt.engines.batches import gpu_batch, in_batches
+from segrt.engines.onnxrt import check_cuda_provider, runtime_errors
+from segrt.engines.pytorch import TorchEngine
+from segrt.errors import BackendError, InputError
+from segrt.export.typed import typed_onnx
+from segrt.networks import build
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKENDS = ("openvino", "onnxruntime", "pytorch")
+torch_itself_warns = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+without_gpu = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="says what happens on a machine without a GPU")
+
+
+@pytest.fixture(scope="module", params=[3, 2])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return unet_bundle(tmp_path_factory.mktemp("unet") / "b", request.param)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Bundle:
+    return unet_bundle(tmp_path / "b")
+
+
+def patches_for(bundle: Bundle, count: int) -> FloatArray:
+    shape = (count, bundle.spec.in_channels, *bundle.spec.inference.patch)
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def simulated(array: FloatArray) -> Any:
+    return to_device(array, "simulated")
+
+
+# devices
+
+
+def test_devices_are_resolved() -> None:
+    assert resolve_device("cpu") == "cpu"
+    assert resolve_device("simulated") == "simulated"
+    with pytest.raises(InputError, match="expected cpu, cuda, cuda:N or simulated"):
+        resolve_device("gpu")
+
+
+@without_gpu
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
+    assert resolve_device() == "cpu"
+    with pytest.raises(BackendError, match="this machine has no GPU"):
+        resolve_device("cuda")
+
+
+def test_cuda_becomes_a_numbered_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    assert resolve_device("cuda") == "cuda:0"
+    assert resolve_device("cuda:1") == "cuda:1"
+    assert _finds_gpu(["/dev/null"])
+
+
+def test_auto_looks_for_a_driver_before_it_imports_cupy() -> None:
+    code = (
+        "import sys; from segrt.engines import _finds_gpu; assert not _finds_gpu(['/none']); assert 'cupy' not in sys.modules;"
+        "sys.modules['cupy'] = None; assert not _finds_gpu(['/dev/null'])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_a_driver_file_without_a_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 0)
+    assert not _finds_gpu(["/dev/null"])
+
+
+# every backend on a device
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [1, 3, 11, 17])
+def test_every_backend_serves_a_device_for_any_batch(bundle: Bundle, backend: Any, count: int) -> None:
+    patches = patches_for(bundle, count)
+    given = simulated(patches)
+    engine = open_engine(bundle, "1", backend=backend, device="simulated")
+    logits = engine(given)
+    assert engine.device == "simulated"
+    assert isinstance(logits, Simulated)
+    assert logits.shape == (count, 3, *bundle.spec.inference.patch)
+    assert logits.flags.c_contiguous
+    # fp32 convolutions in another order of summation
+    assert np.abs(to_host(logits) - open_engine(bundle, "1", backend="pytorch")(patches)).max() < 1e-4
+    assert (to_host(given) == patches).all()
+    engine.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_patches_give_equal_logits_that_belong_to_the_caller(bundle: Bundle, backend: Any) -> None:
+    patches = patches_for(bundle, 19)
+    engine = open_engine(bundle, "0", backend=backend, device="simulated")
+    together = engine(simulated(patches))
+    kept = to_host(together)
+    alone = engine(simulated(patches[18:]))
+    assert (to_host(alone)[0] == kept[18]).all()
+    alone[...] = 7
+    assert (to_host(engine(simulated(patches[18:])))[0] == kept[18]).all()
+    assert (to_host(together) == kept).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_threads_may_call_an_engine_of_a_device_at_once(bundle: Bundle, backend: Any) -> None:
+    engine = open_engine(bundle, "0", backend=backend, device="simulated")
+    jobs = [simulated(patches_for(bundle, 12) + i) for i in range(4)]
+    expected = [to_host(engine(patches)) for patches in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(engine, jobs))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(to_host(a), b, rtol=0, atol=1e-5)
+
+
+def test_the_default_precision_of_the_simulated_device_is_the_cpus(bundle: Bundle) -> None:
+    assert open_engine(bundle, "0", backend="pytorch", device="simulated").name == "pytorch, simulated, fp32"
+    assert open_engine(bundle, "0", device="simulated").name == "openvino, cpu, fp32, for simulated"
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize(("precision", "dtype", "tolerance"), [("fp16", np.float16, 0.02), ("bf16", np.float32, 0.15)])
+def test_half_precision_of_torch(bundle: Bundle, precision: Any, dtype: Any, tolerance: float) -> None:
+    patches = patches_for(bundle, 3)
+    reference = open_engine(bundle, "0", backend="pytorch")(patches)
+    logits = to_host(open_engine(bundle, "0", backend="pytorch", precision=precision, device="simulated")(simulated(patches)))
+    assert logits.dtype == dtype
+    # logits are of the order of 1; 11 and 8 bits through some ten layers
+    assert 0 < np.abs(logits - reference).max() < tolerance
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_normalisation_keeps_float32_in_a_network_of_half_precision(dimensions: int) -> None:
+    network = build(UNET_2D if dimensions == 2 else UNET_3D)
+    TorchEngine(network, classes=3, dimensions=dimensions, precision="fp16", device="simulated")
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
+    own = {id(p) for norm in norms for p in norm.parameters()}
+    assert own
+    assert {p.dtype for p in network.parameters() if id(p) in own} == {torch.float32}
+    assert {p.dtype for p in network.parameters() if id(p) not in own} == {torch.float16}
+    layout = torch.channels_last if dimensions == 2 else torch.channels_last_3d
+    assert all(p.is_contiguous(memory_format=layout) for p in network.parameters() if p.ndim == dimensions + 2)
+
+
+class Large(torch.nn.Module):
+    """A network of values that 16-bit sums could not hold, and whose normalisation must."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.InstanceNorm3d(1, affine=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+def test_normalisation_of_large_values_in_half_precision() -> None:
+    patches = np.random.default_rng(0).normal(3000, 500, (1, 1, 16, 32, 32)).astype(np.float32)
+    engine = TorchEngine(Large(), classes=1, dimensions=3, precision="fp16", device="simulated")
+    exact = (patches - patches.mean()) / patches.std()
+    # values near 3000 are 2 apart in fp16, 1/250 of the spread
+    assert np.abs(to_host(engine(simulated(patches))) - exact).max() < 0.02
+
+
+def test_nothing_global_is_left_changed(bundle: Bundle) -> None:
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
+    seen = []
+
+    class Looks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            cudnn = torch.backends.cudnn
+            seen.append((cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.is_inference_mode_enabled()))
+            return x
+
+    TorchEngine(Looks(), classes=1, dimensions=3, device="simulated")(simulated(patches_for(bundle, 1)))
+    assert seen == [(True, True, False, True)]
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == before
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.slow
+@torch_itself_warns
+def test_a_compiled_network_gives_the_same_logits(copy: Bundle) -> None:
+    torch.compiler.reset()
+    patches = patches_for(copy, 2)
+    engine = TorchEngine(build(UNET_3D), classes=3, dimensions=3, device="simulated", compiled=True)
+    plain = TorchEngine(engine._network, classes=3, dimensions=3, device="simulated")
+    assert engine.name == "pytorch, simulated, fp32, compiled"
+    np.testing.assert_allclose(to_host(engine(simulated(patches))), to_host(plain(simulated(patches))), rtol=0, atol=1e-4)
+    assert engine.name.endswith("compiled")
+
+
+@torch_itself_warns
+def test_where_torch_cannot_compile_the_network_runs_as_it_is(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._inductor import config
+
+    torch.compiler.reset()
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "fx_graph_cache", False)
+    patches = patches_for(copy, 2)
+    engine = TorchEngine(build(UNET_3D), classes=3, dimensions=3, device="simulated", compiled=True)
+    plain = TorchEngine(engine._network, classes=3, dimensions=3, device="simulated")
+    with caplog.at_level(logging.WARNING):
+        logits = engine(simulated(patches))
+    assert "torch.compile does not work here" in caplog.text
+    assert (to_host(logits) == to_host(plain(simulated(patches)))).all()
+    assert engine.name == "pytorch, simulated, fp32"
+
+
+class Hungry(torch.nn.Module):
+    """A network that needs more memory than there is for more than `most` windows."""
+
+    def __init__(self, most: int, message: str) -> None:
+        super().__init__()
+        self.most, self.message = most, message
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError(self.message)
+        return x
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate", "Unable to find a valid cuDNN algorithm to run convolution"])
+def test_out_of_memory_halves_the_batch(bundle: Bundle, message: str) -> None:
+    engine = TorchEngine(Hungry(2, message), classes=1, dimensions=3, batch=8, device="simulated")
+    patches = patches_for(bundle, 8)
+    for expected in (4, 2):
+        with pytest.raises(MemoryError):
+            engine(simulated(patches[: engine.batch]))
+        assert engine.batch == expected
+    assert (to_host(engine(simulated(patches))) == patches).all()
+
+
+def test_another_error_of_torch_is_not_one_of_memory() -> None:
+    engine = TorchEngine(build(UNET_3D), classes=3, dimensions=3, batch=4, device="simulated")
+    with pytest.raises(RuntimeError, match="channels"):
+        engine(simulated(np.zeros((1, 2, 8, 8, 8), np.float32)))
+    assert engine.batch == 4
+
+
+# ONNX Runtime
+
+
+def write_typed(bundle: Bundle, member: str) -> Path:
+    """What a build for fp16 leaves beside the fp32 file."""
+    path = bundle.onnx_path(f"{member}-fp16")
+    path.write_bytes(typed_onnx(bundle.onnx_path(member), "fp16", outputs="fp16"))
+    record = path.parent / "build.json"
+    values = json.loads(record.read_text())
+    values["sha256"][path.stem] = sha256(path)
+    record.write_text(json.dumps(values))
+    return path
+
+
+def test_onnxruntime_takes_the_typed_file_for_fp16(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    write_typed(bundle, "0")
+    patches = patches_for(bundle, 3)
+    with caplog.at_level(logging.WARNING):
+        engine = open_engine(bundle, "0", backend="onnxruntime", precision="fp16", device="simulated")
+    logits = to_host(engine(simulated(patches)))
+    assert (engine.name, caplog.text) == ("onnxruntime, simulated, fp16", "")
+    assert logits.dtype == np.float16
+    assert 0 < np.abs(logits - open_engine(bundle, "0", backend="pytorch")(patches)).max() < 0.02
+
+
+def test_onnxruntime_without_the_typed_file_computes_in_fp32_and_says_so(copy: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        engine = open_engine(copy, "0", backend="onnxruntime", precision="fp16", device="simulated")
+    assert engine.name == "onnxruntime, simulated, fp32"
+    assert "0-fp16.onnx is missing: ONNX Runtime computes in fp32; make it with: segrt-build" in caplog.text
+
+
+def test_a_changed_typed_file_is_refused(copy: Bundle) -> None:
+    path = write_typed(copy, "0")
+    path.write_bytes(typed_onnx(copy.onnx_path("1"), "fp16"))
+    with pytest.raises(BackendError, match=r"0-fp16\.onnx is not the file that was exported"):
+        open_engine(copy, "0", backend="onnxruntime", precision="fp16", device="simulated")
+
+
+def test_a_network_that_reads_half_precision_is_refused(copy: Bundle) -> None:
+    path = write_typed(copy, "0")
+    path.write_bytes(typed_onnx(copy.onnx_path("0"), "fp16", inputs="fp16"))
+    record = path.parent / "build.json"
+    record.write_text(record.read_text().replace(json.loads(record.read_text())["sha256"]["0-fp16"], sha256(path)))
+    with pytest.raises(BackendError, match="expected float32 patches"):
+        open_engine(copy, "0", backend="onnxruntime", precision="fp16", device="simulated")
+
+
+def test_the_errors_of_onnxruntime_are_ours() -> None:
+    state = require("onnxruntime.capi.onnxruntime_pybind11_state", extra="ort")
+    with pytest.raises(MemoryError, match="Failed to allocate"), runtime_errors("x"):
+        raise state.RuntimeException("Non-zero status code\nFailed to allocate memory for requested buffer of size 9")
+    with pytest.raises(BackendError, match="engine x: ONNX Runtime failed: shapes differ"), runtime_errors("engine x"):
+        raise state.InvalidArgument("shapes\n differ")
+
+
+def test_patches_of_another_size_are_an_error_in_a_sentence(copy: Bundle) -> None:
+    engine = open_engine(copy, "0", backend="onnxruntime", device="simulated")
+    with pytest.raises(BackendError, match="onnxruntime, simulated, fp32: ONNX Runtime failed"):
+        engine(simulated(np.zeros((1, 1, 8, 8, 9), np.float32)))
+
+
+# batches
+
+
+def test_the_last_part_is_filled_up_and_each_part_is_whole() -> None:
+    parts = []
+
+    def run(part: Any, out: Any) -> None:
+        parts.append(to_host(part))
+        out[...] = part
+
+    patches = np.arange(1, 6, dtype=np.float32)[:, None, None, None, None] * np.ones((5, 1, 2, 2, 2), np.float32)
+    logits = in_batches(simulated(patches)[::1], 3, 1, np.float32, run)
+    assert (to_host(logits) == patches).all()
+    assert [part[:, 0, 0, 0, 0].tolist() for part in parts] == [[1, 2, 3], [4, 5, 0]]
+
+
+@pytest.mark.parametrize(("patch", "batch"), [((64, 160, 160), 4), ((128, 128, 128), 4), ((1, 512, 512), 16), ((512, 512, 512), 1)])
+def test_large_windows_come_in_small_batches(patch: Any, batch: int) -> None:
+    assert gpu_batch(patch) == batch
+
+
+# what is refused on a GPU
+
+
+@without_gpu
+def test_what_every_backend_lacks_is_listed(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
+    with pytest.raises(BackendError) as error:
+        open_engine(copy, "0", device="cuda:0")
+    text = str(error.value)
+    assert text.startswith("no engine of member '0' runs on cuda:0: tensorrt: ")
+    assert "; onnxruntime: onnxruntime" in text
+    assert "has no CUDA provider" in text
+    assert "; pytorch: torch" in text
+    assert "cannot compute on cuda:0" in text
+
+
+@without_gpu
+def test_a_damaged_bundle_is_no_reason_for_another_backend(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
+    copy.onnx_path("0").write_bytes(copy.onnx_path("1").read_bytes())
+    with pytest.raises(BackendError, match=r"^.*0\.onnx is not the file that was exported"):
+        open_engine(copy, "0", device="cuda:0")
+
+
+@without_gpu
+def test_an_engine_of_the_cpu_may_be_asked_for_on_a_gpu(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
+    assert open_engine(copy, "0", backend="openvino", device="cuda:0").name == "openvino, cpu, fp32, for cuda:0"
+
+
+def test_an_onnxruntime_for_the_cpu_is_refused() -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(BackendError, match=r"has no CUDA provider \(only .*CPUExecutionProvider\); pip uninstall onnxruntime"):
+        check_cuda_provider(onnxruntime)
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "sentence"),
+    [
+        ("tensorrt", "fp16", "runs on an NVIDIA GPU, not on device simulated"),
+        ("onnxruntime", "int8", "ONNX Runtime serves fp32 and fp16, not int8"),
+        ("pytorch", "int8", "PyTorch on a GPU serves fp32, fp16 and bf16, not int8"),
+    ],
+)
+def test_what_a_backend_cannot_do_on_a_device(copy: Bundle, backend: Any, precision: Any, sentence: str) -> None:
+    with pytest.raises(BackendError, match=sentence):
+        open_engine(copy, "0", backend=backend, precision=precision, device="simulated")
+
+
+# TensorRT-RTX
+
+
+@without_gpu
+def test_the_rtx_plugin_says_what_it_lacks() -> None:
+    """Without the wheel, its name; with it but without a driver, what does not load."""
+    with pytest.raises(BackendError, match=r"pip install onnxruntime-ep-nv-tensorrt-rtx-cu13|does not load: .*NVIDIA driver for CUDA 13"):
+        rtx.register(onnxruntime)
+
+
+def rtx_device(name: str, **told: str) -> Any:
+    return SimpleNamespace(ep_name=name, ep_metadata=told, ep_options={})
+
+
+def test_the_rtx_plugin_serves_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 3)
+    cpu, first, second = rtx_device("cpu"), rtx_device("rtx"), rtx_device("rtx")
+    assert rtx.pick_device([cpu, first, second], "rtx", "cuda:1") is second
+    told = [rtx_device("rtx", device_id="2"), rtx_device("rtx", device_id="0")]
+    assert rtx.pick_device(told, "rtx", "cuda:0") is told[1]
+    with pytest.raises(BackendError, match="TensorRT-RTX does not serve cuda:1: it serves 2 here"):
+        rtx.pick_device(told, "rtx", "cuda:1")
+    with pytest.raises(BackendError, match=r"it serves none here \(GeForce and RTX cards"):
+        rtx.pick_device([cpu], "rtx", "cuda:0")
