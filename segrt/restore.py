@@ -30,18 +30,12 @@ def restore(logits: Array, placement: Placement, spec: ModelSpec) -> Array:
     -------
     labels : (Z, Y, X) uint8 or uint16 on the image's own grid, beside the logits; voxels outside the crop are 0
     """
-    labels = blank_labels(logits, placement, spec)
+    labels: Array = get_xp(logits).zeros(placement.grid.shape, spec.label_dtype)
     out = _crop(labels, placement, spec)
     if can_restore_by_slab(placement, spec):
         _decide(logits, placement, spec, None, out)
     else:
         _restore_by_class(logits, placement, spec, out)
-    return labels
-
-
-def blank_labels(logits: Array, placement: Placement, spec: ModelSpec) -> Array:
-    """Labels (Z, Y, X) of 0 on the image's own grid, beside the logits: what `restore_slab` fills."""
-    labels: Array = get_xp(logits).zeros(placement.grid.shape, spec.label_dtype)
     return labels
 
 
@@ -56,7 +50,7 @@ def restore_slab(logits: Array, placement: Placement, spec: ModelSpec, labels: A
     Parameters
     ----------
     logits : (K, n, Y, X) as for `restore`: working planes first .. first + n
-    labels : (Z, Y, X) from `blank_labels`, the whole image; written in place
+    labels : (Z, Y, X) `spec.label_dtype`, the whole image, 0 at first, beside the logits; written in place
     first : the working plane logits[:, 0] is
     ready : working planes below this one are final
     done : planes of the crop (in transposed axes) decided before: 0, then what the last call returned

@@ -110,13 +110,16 @@ def round_half(v, one, integer):  # type: ignore[no-untyped-def]
 def place(z, y, x, size, shape, lower):  # type: ignore[no-untyped-def]
     """Lower and upper source position of a voxel of the result: iz, jz, iy, jy, ix, jx."""
     iz, iy, ix = lower[z], lower[shape[0] + y], lower[shape[0] + shape[1] + x]
-    return iz, min(iz + 1, size[1] - 1), iy, min(iy + 1, size[2] - 1), ix, min(ix + 1, size[3] - 1)
+    jz, jy, jx = min(iz + 1, size[1] - 1), min(iy + 1, size[2] - 1), min(ix + 1, size[3] - 1)
+    # Numba looks whether a signed index is negative, every time
+    return np.uint64(iz), np.uint64(jz), np.uint64(iy), np.uint64(jy), np.uint64(ix), np.uint64(jx)
 
 
 @scalar
 def interpolate(logits, k, corners, tz, ty, tx):  # type: ignore[no-untyped-def]
     """One class at one voxel in float32, and the largest magnitude it was made of."""
     iz, jz, iy, jy, ix, jx = corners
+    k = np.uint64(k)
     a, b = np.float32(logits[k, iz, iy, ix]), np.float32(logits[k, jz, iy, ix])
     c, d = np.float32(logits[k, iz, iy, jx]), np.float32(logits[k, jz, iy, jx])
     e, f = np.float32(logits[k, iz, jy, ix]), np.float32(logits[k, jz, jy, ix])
