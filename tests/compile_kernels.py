@@ -1,0 +1,218 @@
+"""Compile every kernel for one generation of GPUs, on a machine without any: python tests/compile_kernels.py 90
+
+Public functions are called on simulated arrays as the pipeline calls them, and what they launch is compiled to PTX for the types it was
+launched with, and assembled where there is an assembler: `ptxas`, or nvJitLink from the CUDA packages. Prints one JSON object. Numba has to
+be without its simulator here, so this is a process of its own.
+
+A new kernel needs a call in `STAGES` that reaches it, with the dtypes and layouts it meets in use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import types
+
+from segrt.device import Simulated, to_device
+from segrt.kernels import _cuda, activation, argmax, bbox, blend, components, normalize, onehot, resample
+from segrt.kernels._cuda.launch import Launch, ThreadKernel, cuda, recording
+
+RNG = np.random.default_rng(0)
+IMAGES = (np.int16, np.uint8, np.float32)  # what scanners and pictures are stored in; other dtypes become float32 where it matters
+LABELS = (np.uint8, np.uint16)
+
+
+# ------------------------------------------------------------------ what is called
+def image(dtype: Any, channels: int = 1, *, whole: bool = True) -> Any:
+    """An image as `preprocess` has it: C-contiguous, or turned and cropped."""
+    array = to_device(RNG.integers(0, 90, (channels, 9, 10, 11)).astype(dtype), "simulated")
+    return array if whole else array.transpose(0, 2, 1, 3)[:, 1:, 1:, 1:]
+
+
+def label_map(dtype: Any, *, whole: bool = True) -> Any:
+    return image(dtype, whole=whole)[0]
+
+
+def boxes() -> None:
+    for dtype, whole in product((np.int16, np.uint8, np.float32, np.float64), (True, False)):
+        bbox.nonzero_bbox(image(dtype, whole=whole))
+        bbox.nonzero_mask(image(dtype, 2, whole=whole))
+
+
+def clean_up() -> None:
+    for dtype in LABELS:
+        labels = label_map(dtype)
+        components.keep_components(labels, [components.Rule((1, 2)), components.Rule((3,), 4)])
+        components.fill_holes(labels, 1)
+
+
+def windows() -> None:
+    patch, entries = (4, 5, 6), np.zeros((2, 10), np.int32)
+    entries[1] = 1, 2, 3, 1, 1, 1, 0, 0, 0, 1
+    blend.gather_windows(image(np.float32, 2), entries, patch, (1, 1, 1))
+    blend.constant_windows(image(np.float32, 2), entries[:, :3], patch, (0, 0, 0))
+    tables = tuple(to_device(np.ones((1, n), np.float32), "simulated") for n in patch)
+    for dtype, k in product((np.float32, np.float16), (2, 5)):
+        logits = to_device(np.ones((2, k, *patch), dtype), "simulated")
+        sums = image(np.float32, k)
+        blend.blend_windows(sums, logits, entries, tables, 0.5)
+        blend.blend_windows(sums[:, 1:], logits, entries, tables, 0.5)
+
+
+def label() -> None:
+    for dtype, top, whole in product((np.float32, np.float16), (2, 300), (True, False)):
+        values = (0, 1, top)
+        logits = image(dtype, 3)[:, :, 1:, 1:]
+        logits = logits if not whole else to_device(np.ones((3, 4, 5, 6), dtype), "simulated")
+        argmax.argmax(logits, values)
+        argmax.paint(logits, values, 0.5)
+        # into the part of an image that was cropped, turned
+        full = to_device(np.zeros((14, 13, 12), np.uint16 if top > 255 else np.uint8), "simulated")
+        out = full[1:, 1:, 1:].transpose(1, 0, 2) if not whole else to_device(np.zeros((12, 13, 11), full.dtype), "simulated")
+        for separate in (None, 0):
+            argmax.resample_argmax(logits, out.shape, values, separate=separate, out=out)
+            argmax.resample_paint(logits, out.shape, values, 0.5, separate=separate, out=out)
+
+
+def probabilities() -> None:
+    for name, dtype in product(("softmax", "sigmoid"), (np.float32, np.float16)):
+        argmax.resample_probabilities(image(dtype, 2), (5, 6, 7), activation=name)
+    best, candidate = image(np.float32, 2)
+    for dtype in LABELS:
+        activation.keep_larger(best, candidate, label_map(dtype), 1)
+        activation.paint_over(candidate, label_map(dtype), 1, 0.5)
+
+
+def resampling() -> None:
+    orders = [(1, None, 0), (3, None, 0), (3, 0, 0), (3, 0, 1), (3, 0, 3), (1, 0, 1), (0, None, 0), (3, 2, 0)]
+    for dtype, whole, (order, separate, order_z) in product(IMAGES, (True, False), orders):
+        for shape in ((5, 12, 6), (13, 7, 14)):
+            for affine in (None, (0.0, 50.0, 3.0, 2.0)):
+                resample.resize(image(dtype, whole=whole)[0], shape, order=order, separate=separate, order_z=order_z, affine=affine)
+
+
+def intensities() -> None:
+    for dtype, whole in product(IMAGES, (True, False)):
+        channel = image(dtype, whole=whole)[0]
+        normalize.clip_shift_scale(channel, 0, 50, 3, 2)
+        normalize.minmax(channel)
+        mask = bbox.nonzero_mask(channel[None])
+        normalize.mean_std(channel)
+        normalize.mean_std(channel, mask)
+        normalize.standardize(channel, mask, 3.0, 2.0)
+
+
+def cascade() -> None:
+    for dtype, whole in product(LABELS, (True, False)):
+        labels = label_map(dtype, whole=whole)
+        marked = onehot.mark_outside(labels, onehot.include(bbox.nonzero_mask(image(np.int16, whole=whole)), labels))
+        for order, separate, order_z in [(0, None, 0), (1, None, 0), (1, 0, 0), (1, 0, 1), (3, None, 0)]:
+            resized = resample.resize_labels(marked, (6, 13, 7), order=order, separate=separate, order_z=order_z)
+            onehot.one_hot(resized, (1, 2), to_device(np.zeros((2, 6, 13, 7), np.float32), "simulated"))
+        resample.resize_labels_linear(marked, (6, 13, 7))
+
+
+STAGES: tuple[Callable[[], None], ...] = (boxes, clean_up, windows, label, probabilities, resampling, intensities, cascade)
+
+
+# ------------------------------------------------------------------ what is compiled
+def all_kernels() -> dict[int, str]:
+    """Every kernel of the package, by identity, with its module and name."""
+    found = {}
+    for path in sorted(Path(_cuda.__file__).parent.glob("[!_]*.py")):
+        names = vars(importlib.import_module(f"{_cuda.__name__}.{path.stem}"))
+        own = [v for v in names.values() if isinstance(v, ThreadKernel) and v.body.__module__ == names["__name__"]]
+        found |= {id(kernel): f"{path.stem}.{kernel.name}" for kernel in own}
+    return found
+
+
+def launched(stages: Sequence[Callable[[], None]]) -> dict[tuple[int, tuple[Any, ...]], Launch]:
+    """One launch for each kernel and types of arguments."""
+    found: dict[tuple[int, tuple[Any, ...]], Launch] = {}
+    for stage in stages:
+        with recording() as launches:
+            stage()
+        for one in launches:
+            found.setdefault((id(one.kernel), tuple(_type_of(argument) for argument in one.arguments)), one)
+    return found
+
+
+def _type_of(argument: Any) -> Any:
+    if not isinstance(argument, np.ndarray):
+        return numba.typeof(argument)
+    assert isinstance(argument, Simulated), "a kernel was given an array that lies on the host"
+    found = numba.typeof(np.asarray(argument))
+    return types.Array(found.dtype, found.ndim, found.layout)  # arrays on a GPU are never read-only
+
+
+def compiled(stages: Sequence[Callable[[], None]], capability: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    # functions inside kernels ask for the device in use, and there is none
+    importlib.import_module("numba.cuda.dispatcher").get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    names = all_kernels()
+    for (key, kinds), one in launched(stages).items():
+        ptx, _ = cuda.compile_ptx(one.kernel.source_function("cuda"), (types.int32,) * 3 + kinds, cc=capability)
+        version = re.search(r"^\.version (\S+)", ptx, re.MULTILINE)
+        assert version, "no PTX"
+        double = sorted({line.split()[0] for line in ptx.splitlines() if re.match(r"\s+\S+\.f64", line)})
+        kernel = {"kernel": names[key], "types": ", ".join(str(_short(k)) for k in kinds), "float64": one.kernel.float64}
+        yield kernel | {"version": version[1], "double": double} | assembled(ptx, capability)
+
+
+def _short(kind: Any) -> str:
+    return f"{kind.dtype}[{kind.ndim}{kind.layout}]" if isinstance(kind, types.Array) else str(kind)
+
+
+# ------------------------------------------------------------------ what is assembled
+def assembler() -> str | None:
+    if shutil.which("ptxas"):
+        return "ptxas"
+    return "nvJitLink" if importlib.util.find_spec("cuda.bindings.nvjitlink") else None
+
+
+def assembled(ptx: str, capability: tuple[int, int]) -> dict[str, int]:
+    """Registers of a thread, and bytes that did not fit in them; nothing where there is no assembler."""
+    tool, arch = assembler(), "sm_{}{}".format(*capability)
+    if tool is None:
+        return {}
+    report = _ptxas(ptx, arch) if tool == "ptxas" else _link(ptx, arch)
+    registers = re.search(r"Used (\d+) registers", report)
+    assert registers, report
+    return {"registers": int(registers[1]), "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))}
+
+
+def _ptxas(ptx: str, arch: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["ptxas", f"-arch={arch}", "-v", "-o", f"{folder}/kernel.cubin", "-"]
+        return subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+
+
+def _link(ptx: str, arch: str) -> str:
+    from cuda.bindings import nvjitlink
+
+    handle, data = nvjitlink.create(2, [f"-arch={arch}", "-verbose"]), ptx.encode()
+    nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
+    nvjitlink.complete(handle)
+    log = bytearray(nvjitlink.get_info_log_size(handle))
+    nvjitlink.get_info_log(handle, log)
+    nvjitlink.destroy(handle)
+    return log.decode()
+
+
+if __name__ == "__main__":
+    digits = sys.argv[1]
+    forms = list(compiled(STAGES, (int(digits[:-1]), int(digits[-1]))))
+    missing = sorted(set(all_kernels().values()) - {form["kernel"] for form in forms})
+    print(json.dumps({"assembler": assembler(), "missing": missing, "forms": forms}))

@@ -1,0 +1,77 @@
+"""Every kernel compiles for every generation of GPUs that is supported, in single precision where that is meant, and in registers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba_cuda", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
+
+SCRIPT = Path(__file__).parents[1] / "compile_kernels.py"
+GENERATIONS = {"80": "A100", "90": "H100, H200", "120": "RTX 50"}
+NEWEST_PTX = (9, 0)  # what a driver of CUDA 13.0 reads
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """What `compile_kernels.py` says for every generation; the processes run side by side."""
+    # Numba is without its simulator there; the script's folder is on its path, the package's has to be
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"} | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    running = {
+        generation: subprocess.Popen(
+            [sys.executable, str(SCRIPT), generation], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for generation in GENERATIONS
+    }
+    found = {}
+    for generation, process in running.items():
+        out, err = process.communicate(timeout=900)
+        assert process.returncode == 0, err
+        found[generation] = json.loads(out)
+    return found
+
+
+@pytest.fixture(params=GENERATIONS, ids=lambda generation: f"sm_{generation}")
+def report(request: pytest.FixtureRequest, reports):
+    return reports[request.param]
+
+
+def of_form(form):
+    return f"{form['kernel']}({form['types']})"
+
+
+def test_every_kernel_is_reached(report):
+    assert report["missing"] == [], "add a call to STAGES in compile_kernels.py"
+    assert len(report["forms"]) > 40
+
+
+def test_no_double_precision_where_single_is_meant(report):
+    assert {of_form(f): f["double"] for f in report["forms"] if f["double"] and not f["float64"]} == {}
+
+
+def test_a_kernel_that_asks_for_double_precision_uses_it(report):
+    asking = {f["kernel"] for f in report["forms"] if f["float64"]}
+    assert asking <= {f["kernel"] for f in report["forms"] if f["double"]}
+
+
+def test_drivers_of_cuda_13_0_read_the_ptx(report):
+    versions = {tuple(int(n) for n in f["version"].split(".")) for f in report["forms"]}
+    assert max(versions) <= NEWEST_PTX
+
+
+def test_no_register_spills(report, capsys: pytest.CaptureFixture[str]):
+    if report["assembler"] is None:
+        pytest.skip("PTX is not assembled: there is neither ptxas nor nvJitLink")
+    assert {of_form(f): f["spilled"] for f in report["forms"] if f["spilled"]} == {}
+    most = {}
+    for form in report["forms"]:
+        most[form["kernel"]] = max(most.get(form["kernel"], 0), form["registers"])
+    with capsys.disabled():
+        print(f"\nregisters of a thread ({report['assembler']}): {', '.join(f'{k} {n}' for k, n in sorted(most.items()))}")
