@@ -66,7 +66,7 @@ def resize(
         moved = _triple(shape[axis] for axis in front)
         turned, rule = array.transpose(front), {"order": order, "order_z": order_z}
         resized = resize(turned, moved, **rule, separate=0, single=single, clip=clip, affine=affine, out=moved_out)
-        back: FloatArray = resized.transpose([front.index(axis) for axis in range(3)])
+        back: FloatArray = resized.transpose(tuple(front.index(axis) for axis in range(3)))
         return back
     result = out if out is not None and out.flags.c_contiguous else get_xp(array).empty(shape, np.float32)
     if array.shape == tuple(shape):

@@ -1,10 +1,12 @@
 """Thread bodies of `resample.resize` and the order in which they are launched.
 
-Orders 0 and 1 take one launch whatever changes: an input voxel comes from memory about once (neighbouring threads find it in the caches)
-and an output voxel is written once. A cubic spline takes one launch per axis that changes its length, each reading its input and writing
-its output once: the prefilter is folded into the sampling weights (`_spline.cardinal_taps`), so there is no recursion and no pass for it.
-Along z and y a thread makes eight consecutive samples, so that a voxel and its place are read once for all of them; along x it makes one
-sample of four rows with the same weights.
+Orders 0 and 1 take one launch whatever changes: an input voxel comes from memory about once (2 bytes of int16, 4 of float32; neighbouring
+threads find it in the caches) and an output voxel is written once (4 bytes). A cubic spline takes one launch with that same traffic per
+axis that changes its length: the prefilter is folded into the sampling weights (`_spline.cardinal_taps`), so there is no recursion and no
+pass for it. Clipping it reads the input once more, for its extremes, which never leave the device.
+
+What a cubic pass is short of is loads from the first-level cache, 28 to 40 an output. Along z and y a thread makes eight consecutive
+samples, so that a voxel and its place are read once for all of them; along x it makes one sample of four rows with the same weights.
 """
 
 from __future__ import annotations
@@ -137,10 +139,12 @@ def _put(out, z, y, x, v, bounds, slot):  # type: ignore[no-untyped-def]
 @thread_kernel()
 def _cubic_y(z, y, x, array, rows, start, weights, bounds, plain, lower, upper, shift, factor, out):  # type: ignore[no-untyped-def]
     """Eight consecutive samples along the middle axis."""
-    plane, slot, first, o = rows[z, 0], rows[z, 1], start[y], _GROUP * y
+    plane, slot, o = rows[z, 0], rows[z, 1], _GROUP * y
+    # unsigned: Numba asks of every signed index whether it is negative, and no address can then be counted up
+    i, t, one = np.uintp(start[y]), np.uintp(0), np.uintp(1)
     a, b, c, d, e, f, g, h = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
-    for t in range(weights.shape[1]):
-        v = read_value(array[plane, first + t, x], plain, lower, upper, shift, factor)
+    for _ in range(weights.shape[1]):
+        v = read_value(array[plane, i, x], plain, lower, upper, shift, factor)
         a += weights[y, t, 0] * v
         b += weights[y, t, 1] * v
         c += weights[y, t, 2] * v
@@ -149,6 +153,8 @@ def _cubic_y(z, y, x, array, rows, start, weights, bounds, plain, lower, upper, 
         f += weights[y, t, 5] * v
         g += weights[y, t, 6] * v
         h += weights[y, t, 7] * v
+        i += one
+        t += one
     _put(out, z, o, x, a, bounds, slot)
     _put(out, z, o + 1, x, b, bounds, slot)
     _put(out, z, o + 2, x, c, bounds, slot)
@@ -162,16 +168,19 @@ def _cubic_y(z, y, x, array, rows, start, weights, bounds, plain, lower, upper, 
 @thread_kernel()
 def _cubic_x(z, y, x, array, rows, start, weights, bounds, plain, lower, upper, shift, factor, out):  # type: ignore[no-untyped-def]
     """One sample of four rows along the last axis."""
-    plane, slot, first, o = rows[z, 0], rows[z, 1], start[x], _ROWS * y
+    plane, slot, o = rows[z, 0], rows[z, 1], _ROWS * y
+    i, t, one = np.uintp(start[x]), np.uintp(0), np.uintp(1)
     last = out.shape[1] - 1
     p, q, r = min(o + 1, last), min(o + 2, last), min(o + 3, last)
     a, b, c, d = _ZERO, _ZERO, _ZERO, _ZERO
-    for t in range(weights.shape[0]):
-        w, i = weights[t, x], first + t
+    for _ in range(weights.shape[0]):
+        w = weights[t, x]
         a += w * read_value(array[plane, o, i], plain, lower, upper, shift, factor)
         b += w * read_value(array[plane, p, i], plain, lower, upper, shift, factor)
         c += w * read_value(array[plane, q, i], plain, lower, upper, shift, factor)
         d += w * read_value(array[plane, r, i], plain, lower, upper, shift, factor)
+        i += one
+        t += one
     _put(out, z, o, x, a, bounds, slot)
     _put(out, z, o + 1, x, b, bounds, slot)
     _put(out, z, o + 2, x, c, bounds, slot)
@@ -192,28 +201,37 @@ def _sample(array: Any, out: Any, orders: Shape3, single: bool, scalars: Scalars
 
 
 @scalar
-def _between(array, z, y, x, t, plain, lower, upper, shift, factor):  # type: ignore[no-untyped-def]
-    """The value at x + t of a row; a neighbour that has no weight is not read."""
-    v = read_value(array[z, y, x], plain, lower, upper, shift, factor)
-    if t != _ZERO:
-        v += t * (read_value(array[z, y, x + 1], plain, lower, upper, shift, factor) - v)
-    return v
+def _between(a, b, t):  # type: ignore[no-untyped-def]
+    """From a to b; a itself, infinite or not, where b has no weight."""
+    return a if t == _ZERO else a + t * (b - a)
+
+
+@scalar
+def _bilinear(array, z, y, x, ty, tx, plain, lower, upper, shift, factor):  # type: ignore[no-untyped-def]
+    """The value of plane z at (y + ty, x + tx); a neighbour that has no weight is not read."""
+    q, r = y, x
+    if ty != _ZERO:
+        q += np.uintp(1)
+    if tx != _ZERO:
+        r += np.uintp(1)
+    # all four are asked for before the first is waited for
+    first, second, third, fourth = array[z, y, x], array[z, y, r], array[z, q, x], array[z, q, r]
+    a = read_value(first, plain, lower, upper, shift, factor)
+    b = read_value(second, plain, lower, upper, shift, factor)
+    c = read_value(third, plain, lower, upper, shift, factor)
+    d = read_value(fourth, plain, lower, upper, shift, factor)
+    return _between(_between(a, b, tx), _between(c, d, tx), ty)
 
 
 @thread_kernel()
 def _linear(z, y, x, array, index, fraction, plain, lower, upper, shift, factor, out):  # type: ignore[no-untyped-def]
     """Four rows of one column; index and fraction hold z's, y's and x's one after the other."""
     deep, high = out.shape[0], out.shape[1]
-    iz, tz = index[z], fraction[z]
-    ix, tx = index[deep + high + x], fraction[deep + high + x]
+    iz, tz = np.uintp(index[z]), fraction[z]
+    ix, tx = np.uintp(index[deep + high + x]), fraction[deep + high + x]
     for o in range(_ROWS * y, min(_ROWS * y + _ROWS, high)):
-        iy, ty = index[deep + o], fraction[deep + o]
-        v = _between(array, iz, iy, ix, tx, plain, lower, upper, shift, factor)
-        if ty != _ZERO:
-            v += ty * (_between(array, iz, iy + 1, ix, tx, plain, lower, upper, shift, factor) - v)
+        iy, ty = np.uintp(index[deep + o]), fraction[deep + o]
+        v = _bilinear(array, iz, iy, ix, ty, tx, plain, lower, upper, shift, factor)
         if tz != _ZERO:
-            w = _between(array, iz + 1, iy, ix, tx, plain, lower, upper, shift, factor)
-            if ty != _ZERO:
-                w += ty * (_between(array, iz + 1, iy + 1, ix, tx, plain, lower, upper, shift, factor) - w)
-            v += tz * (w - v)
+            v = _between(v, _bilinear(array, iz + np.uintp(1), iy, ix, ty, tx, plain, lower, upper, shift, factor), tz)
         out[z, o, x] = v
