@@ -24,12 +24,18 @@ def build(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle to write when importing; ./segrt_model by default.")] = None,
     configuration: Annotated[str | None, typer.Option("--configuration", "-c", help="Such as 3d_fullres, when there are several.")] = None,
     folds: Annotated[str | None, typer.Option("--folds", "-f", help="Folds to import, such as 0,1,2 or all (those there are).")] = None,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision; the default.")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="16-bit weights; computed in fp32 on CPUs without fp16 arithmetic.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision; the default on a CPU.")] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Half precision; the default on a GPU. CPUs without it keep 16-bit weights and compute in fp32.")
+    ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16, where the CPU has it.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="8 bits by post-training quantisation; needs extra int8.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="8 bits by post-training quantisation; needs extra int8, on a GPU ort.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="Folder of images that set INT8's ranges; a phantom by default.")] = None,
-    backend: Annotated[str, typer.Option(help="openvino, onnxruntime or pytorch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="openvino, tensorrt, onnxruntime or pytorch.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1: what the engine is built for and verified on.")] = "auto",
+    batch: Annotated[int, typer.Option(min=0, help="TensorRT: windows per call; 0 means as many as keep a large GPU busy.")] = 0,
+    workspace_gb: Annotated[float, typer.Option(min=0, help="TensorRT: memory a layer may ask for; 0 means all.")] = 0,
+    compatible: Annotated[bool, typer.Option("--compatible", help="TensorRT: for other GPUs from Ampere on and later versions.")] = False,
     sample: Annotated[Path | None, typer.Option(help="Image to verify on; a phantom by default.")] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Export ONNX with free spatial shape.")] = False,
     head: Annotated[str, typer.Option(help="What the ONNX file gives: logits, softmax or argmax.")] = "logits",
@@ -41,23 +47,26 @@ def build(
     Exit codes: 0 built and verified, 2 not.
     """
     from ..export.build import build_model
+    from ..export.tensorrt import TensorRTOptions
     from .show import print_build
 
     configure_logging(verbose=verbose)
     check_choices(backend=backend, head=head)
-    precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16), ("int8", int8)) if wanted) or ("fp32",)
+    precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16), ("int8", int8)) if wanted)
     bundle, reports = build_model(
         source,
         output,
         configuration=configuration,
         folds=comma_list(folds),
         backend=cast("Backend", backend),
+        device=device,
         precisions=cast("tuple[Precision, ...]", precisions),
         sample=sample,
         calibration=calibration,
         dynamic=dynamic,
         head=cast("Head", head),
         force=force,
+        tensorrt=TensorRTOptions(batch=batch, workspace_bytes=int(workspace_gb * 1e9), compatible=compatible),
     )
     print_build(bundle, reports)
 

@@ -16,6 +16,7 @@ from ..arrays import FloatArray, require
 from ..bundle import Bundle, sha256
 from ..errors import BackendError
 from . import read_build
+from .compiled import check_compiled, check_window
 from .openvino_norm import stabilize
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int) -> Op
     blob = bundle.engine_path(engine_key(precision)) / f"{member}.blob"
     build = read_build(blob.with_name("build.json"))
     if blob.is_file() and build.get("cpu") == cpu_name():
-        held = _check_blob(bundle, member, blob, build).get("held_bytes", 0)
+        held = check_compiled(bundle, member, blob, build).get("held_bytes", 0)
         engine = open_blob(blob, precision=precision, dimensions=bundle.spec.dimensions, threads=threads, held_bytes=held)
-        _check_patch(bundle, blob, engine)
+        check_window(bundle, blob, engine.window)
         return engine
     if precision != "fp32":
         # what loses digits is not trusted before it was held against the fp32 network
@@ -87,32 +88,6 @@ def open_blob(blob: Path, *, precision: str, dimensions: int, threads: int = 0, 
     core = require("openvino", extra="export").Core()
     compiled = core.import_model(blob.read_bytes(), "CPU", _settings(core, precision, threads))
     return OpenVINOEngine(compiled, precision=precision, dimensions=dimensions, held_bytes=held_bytes)
-
-
-def _check_blob(bundle: Bundle, member: str, blob: Path, build: dict[str, Any]) -> dict[str, Any]:
-    """Give an engine's record; refuse one that came from another ONNX file or was changed."""
-    rebuild = f"rebuild it with: segrt-build {bundle.path} --force"
-    members = build.get("members")
-    known = members.get(member) if isinstance(members, dict) else None
-    entry: dict[str, Any] = known if isinstance(known, dict) else {}
-    if entry.get("onnx_sha256") != sha256(bundle.onnx_path(member)):
-        raise BackendError(f"{blob} was compiled from another ONNX file than the bundle holds; {rebuild}")
-    if entry.get("sha256") != sha256(blob):
-        raise BackendError(f"{blob} is not the engine that was built (its SHA-256 differs from build.json); {rebuild}")
-    if build.get("verified") is not True:
-        logger.warning("%s has not passed verification (kept by --force, or its record is damaged)", blob)
-    return entry
-
-
-def _check_patch(bundle: Bundle, blob: Path, engine: OpenVINOEngine) -> None:
-    """Refuse an engine compiled for other windows than the model describes."""
-    patch = bundle.spec.inference.patch
-    wanted = (bundle.spec.in_channels, *(patch if bundle.spec.dimensions == 3 else patch[1:]))
-    if engine.window != wanted:
-        raise BackendError(
-            f"{blob} was compiled for windows of {' x '.join(str(n) for n in engine.window)} (channels first), model.json describes "
-            f"{' x '.join(str(n) for n in wanted)}; rebuild it with: segrt-build {bundle.path} --force"
-        )
 
 
 def write_member(bundle: Bundle, member: str, precision: str, folder: Path, *, model: Path | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class TensorRTEngine:
         return lane
 
     def _bytes(self, name: str, shape: tuple[int, ...]) -> int:
-        return int(np.prod(shape)) * self._types[name].itemsize
+        return prod(shape) * int(self._types[name].itemsize)
 
     def close(self) -> None:
         """Wait for what still runs and release plan and memory."""

@@ -18,6 +18,7 @@ from ..predictor import Predictor
 from ..volume import Grid, Volume
 from .engine import build_engine
 from .onnx import Head, export_onnx, write_reference
+from .tensorrt import TensorRTOptions
 from .verify import can_run_reference, sample_windows
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,14 @@ def build_model(
     configuration: str | None = None,
     folds: Sequence[str] | None = None,
     backend: Backend = "auto",
-    precisions: Sequence[Precision] = ("fp32",),
+    device: str = "auto",
+    precisions: Sequence[Precision] | None = None,
     sample: str | Path | None = None,
     calibration: str | Path | None = None,
     dynamic: bool = False,
     head: Head = "logits",
     force: bool = False,
+    tensorrt: TensorRTOptions | None = None,
 ) -> tuple[Bundle, list[dict[str, Any]]]:
     """Import (when `source` is no bundle), export to ONNX, compile and verify.
 
@@ -46,7 +49,8 @@ def build_model(
     source : a bundle, or what `import_nnunet` reads
     output : bundle to write when importing, ./segrt_model by default; a source that is a bundle is built in place
     configuration, folds : what to import, when there is a choice
-    precisions : one engine is built for each
+    backend, device, tensorrt : see `build_engine`
+    precisions : one engine is built for each; fp32 on the CPU and fp16 on a GPU by default
     sample : image to verify on
     calibration : folder of images that set INT8's ranges
     dynamic, head : also write onnx/<member>-<head>[-dynamic].onnx for use outside segrt
@@ -66,8 +70,8 @@ def build_model(
     export(bundle, sample=sample, force=force)
     if dynamic or head != "logits":
         export_onnx(bundle, dynamic=dynamic, head=head)
-    options: dict[str, Any] = {"backend": backend, "sample": sample, "calibration": calibration, "force": force}
-    reports = [build_engine(bundle, precision=precision, **options) for precision in precisions]
+    options: dict[str, Any] = {"sample": sample, "calibration": calibration, "force": force, "tensorrt": tensorrt}
+    reports = [build_engine(bundle, backend=backend, device=device, precision=p, **options) for p in precisions or (None,)]
     _compile_kernels(bundle)
     return bundle, reports
 

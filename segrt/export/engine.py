@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import __version__
 from ..arrays import FloatArray
-from ..bundle import Bundle, staged_folder, write_atomic
-from ..engines import Backend, Precision, open_engine
+from ..bundle import Bundle, sha256, staged_folder, write_atomic
+from ..device import use_device
+from ..engines import Backend, Engine, Precision, open_engine, resolve_device
+from ..engines.batches import gpu_batch
 from ..engines.openvino import cpu_name, engine_key, open_blob, write_member
+from ..engines.trt import open_plan, this_machine
+from ..engines.trt_plan import engine_key as plan_key
+from ..engines.trt_plan import make_record
 from ..errors import BuildError
 from .calibrate import calibration_windows, quantize
+from .tensorrt import TensorRTOptions, build_plan, member_model
 from .verify import can_run_reference, sample_windows, verify
 
 logger = logging.getLogger(__name__)
@@ -27,20 +36,26 @@ logger = logging.getLogger(__name__)
 def build_engine(
     bundle: Bundle,
     *,
-    backend: Backend = "openvino",
-    precision: Precision = "fp32",
+    backend: Backend = "auto",
+    device: str = "auto",
+    precision: Precision | None = None,
     sample: str | Path | None = None,
     calibration: str | Path | None = None,
     force: bool = False,
+    tensorrt: TensorRTOptions | None = None,
 ) -> dict[str, Any]:
     """Compile, measure and verify the engine of every member, first stages of a cascade included.
 
     Parameters
     ----------
-    backend : "openvino" keeps a compiled blob; "onnxruntime" and "pytorch" have nothing to keep and are verified only
+    backend : "openvino" keeps a compiled blob, "tensorrt" a plan; "onnxruntime" and "pytorch" have nothing to keep and are verified only.
+        "auto" takes OpenVINO on the CPU and, where it is installed, TensorRT on a GPU
+    device : "cpu", "cuda", "cuda:1", or "auto": the first GPU when there is one
+    precision : fp32 on the CPU and fp16 on a GPU by default
     sample : image whose windows the engine is checked on; a phantom by default
     calibration : folder of images whose windows set INT8's ranges; a phantom by default
     force : keep an engine that falls short, marked as such
+    tensorrt : batch, workspace and compatibility of a plan
 
     Returns
     -------
@@ -51,51 +66,132 @@ def build_engine(
     ------
     BuildError
         When an engine falls short of the reference and `force` is not set.
+    BackendError
+        When the backend cannot run here, or not in this precision.
     """
+    # whoever names TensorRT means a GPU and is told when there is none
+    device = resolve_device("cuda" if device == "auto" and backend == "tensorrt" else device)
+    backend = _resolve_backend(backend, device)
+    chosen: Precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
+    options: dict[str, Any] = {"calibration": calibration, "force": force, "tensorrt": tensorrt}
     if bundle.previous is not None:
-        build_engine(bundle.previous, backend=backend, precision=precision, calibration=calibration, force=force)
-    if backend in ("auto", "openvino"):
-        return _build_openvino(bundle, precision, sample, calibration, force)
+        build_engine(bundle.previous, backend=backend, device=device, precision=chosen, **options)
+    request = _Request(bundle, chosen, sample, calibration, force)
+    if backend == "openvino":
+        return _build_openvino(request)
+    if backend == "tensorrt":
+        return _build_tensorrt(request, device, tensorrt or TensorRTOptions())
     checks = {}
     for member in bundle.spec.members:
-        with closing(open_engine(bundle, member, backend=backend, precision=precision)) as engine:
-            checks[member] = verify(engine, bundle, member, precision, windows=_windows(bundle, sample))
-    return _judge(bundle, f"{backend}-cpu-{precision}", checks, sample, force)
+        with closing(open_engine(bundle, member, backend=backend, precision=chosen, device=device)) as engine:
+            checks[member] = verify(engine, bundle, member, chosen, windows=request.windows)
+    return _judge(request, f"{backend}-{device.split(':')[0]}-{chosen}", checks)
 
 
-def _build_openvino(
-    bundle: Bundle, precision: Precision, sample: str | Path | None, calibration: str | Path | None, force: bool
-) -> dict[str, Any]:
-    key, windows = engine_key(precision), _windows(bundle, sample)
-    ranges = calibration_windows(bundle, calibration) if precision == "int8" else None
-    records, checks = {}, {}
-    # an engine takes its place only after it was verified: a build that is stopped or refused leaves none behind
-    with staged_folder(bundle.engine_path(key)) as folder:
-        for member in bundle.spec.members:
-            with TemporaryDirectory(prefix="segrt-") as temporary:
-                model = None if ranges is None else quantize(bundle, member, ranges, Path(temporary) / f"{member}.xml")
-                records[member] = write_member(bundle, member, precision, folder, model=model)
-            with closing(open_blob(folder / f"{member}.blob", precision=precision, dimensions=bundle.spec.dimensions)) as engine:
-                checks[member] = verify(engine, bundle, member, precision, windows=windows)
-        report = _judge(bundle, key, checks, sample, force)
-        _write_build(folder / "build.json", key, precision, records, verified=not report["forced"])
+def _resolve_backend(backend: Backend, device: str) -> Backend:
+    if backend != "auto":
+        return backend
+    if not device.startswith("cuda"):
+        return "openvino"
+    if importlib.util.find_spec("tensorrt") is not None:
+        return "tensorrt"
+    logger.warning("TensorRT is not installed: nothing is compiled for %s; it is the fastest there: pip install 'segrt[trt]'", device)
+    return "auto"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be built, and what it is held against."""
+
+    bundle: Bundle
+    precision: Precision
+    sample: str | Path | None
+    calibration: str | Path | None
+    force: bool
+
+    @cached_property
+    def windows(self) -> FloatArray | None:
+        """Windows to verify on; None where the stored reference is all there is."""
+        return sample_windows(self.bundle.spec, self.sample) if can_run_reference(self.bundle) else None
+
+    @cached_property
+    def ranges(self) -> FloatArray | None:
+        """Windows that set INT8's ranges."""
+        return calibration_windows(self.bundle, self.calibration) if self.precision == "int8" else None
+
+
+def _build_openvino(request: _Request) -> dict[str, Any]:
+    bundle, precision, key = request.bundle, request.precision, engine_key(request.precision)
+
+    def write(member: str, folder: Path) -> dict[str, Any]:
+        with TemporaryDirectory(prefix="segrt-") as temporary:
+            ranges = request.ranges
+            model = None if ranges is None else quantize(bundle, member, ranges, Path(temporary) / f"{member}.xml")
+            return write_member(bundle, member, precision, folder, model=model)
+
+    def opened(member: str, folder: Path) -> Engine:
+        return open_blob(folder / f"{member}.blob", precision=precision, dimensions=bundle.spec.dimensions)
+
+    def described(records: dict[str, dict[str, Any]], verified: bool) -> dict[str, Any]:
+        return {"key": key, "precision": precision, "cpu": cpu_name(), "verified": verified, "members": records}
+
+    report, records = _compile(request, key, write, opened, described)
     for member, record in records.items():
         record["held_bytes"] = _measure(bundle, member, precision)
-    _write_build(bundle.engine_path(key) / "build.json", key, precision, records, verified=not report["forced"])
+    _write_build(bundle.engine_path(key), described(records, not report["forced"]))
     return report
 
 
-def _windows(bundle: Bundle, sample: str | Path | None) -> FloatArray | None:
-    return sample_windows(bundle.spec, sample) if can_run_reference(bundle) else None
+def _build_tensorrt(request: _Request, device: str, tensorrt: TensorRTOptions) -> dict[str, Any]:
+    bundle, precision, machine = request.bundle, request.precision, this_machine(device)
+    cache = tensorrt.timing_cache or bundle.path / "engines" / "timing.cache"
+    options = replace(tensorrt, batch=tensorrt.batch or gpu_batch(bundle.spec.inference.patch), timing_cache=cache)
+    key = plan_key(machine, precision, options.batch, compatible=options.compatible)
+
+    def write(member: str, folder: Path) -> dict[str, Any]:
+        plan, model = folder / f"{member}.plan", member_model(bundle, member, precision, request.ranges)
+        logger.info("TensorRT measures kernels for member %s on %s, which takes minutes", member, machine.gpu)
+        with use_device(device):
+            plan.write_bytes(build_plan(model, precision, options))
+        return {"onnx_sha256": sha256(bundle.onnx_path(member)), "sha256": sha256(plan)}
+
+    def opened(member: str, folder: Path) -> Engine:
+        dimensions, compatible = bundle.spec.dimensions, options.compatible
+        return open_plan(folder / f"{member}.plan", device=device, precision=precision, dimensions=dimensions, compatible=compatible)
+
+    def described(records: dict[str, dict[str, Any]], verified: bool) -> dict[str, Any]:
+        return make_record(machine, precision, options.batch, records, compatible=options.compatible, verified=verified)
+
+    return _compile(request, key, write, opened, described)[0]
 
 
-def _judge(bundle: Bundle, key: str, checks: dict[str, dict[str, Any]], sample: str | Path | None, force: bool) -> dict[str, Any]:
+def _compile(
+    request: _Request,
+    key: str,
+    write: Callable[[str, Path], dict[str, Any]],
+    opened: Callable[[str, Path], Engine],
+    described: Callable[[dict[str, dict[str, Any]], bool], dict[str, Any]],
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Write every member's engine, open and verify it; give the report and the members' records."""
+    bundle, records, checks = request.bundle, {}, {}
+    # an engine takes its place only after it was verified: a build that is stopped or refused leaves none behind
+    with staged_folder(bundle.engine_path(key)) as folder:
+        for member in bundle.spec.members:
+            records[member] = write(member, folder)
+            with closing(opened(member, folder)) as engine:
+                checks[member] = verify(engine, bundle, member, request.precision, windows=request.windows)
+        report = _judge(request, key, checks)
+        _write_build(folder, described(records, not report["forced"]))
+    return report, records
+
+
+def _judge(request: _Request, key: str, checks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Keep the report; raise a BuildError when a member falls short and nothing forces it."""
     short = {member: check["reason"] for member, check in checks.items() if not check["passed"]}
-    seen_on = Path(sample).name if sample else "phantom"
+    seen_on = Path(request.sample).name if request.sample else "phantom"
     report = {"key": key, "segrt": __version__, "sample": seen_on, "forced": bool(short), "members": checks}
-    bundle.write_report(f"verify-{key}.json", report)
-    if short and not force:
+    request.bundle.write_report(f"verify-{key}.json", report)
+    if short and not request.force:
         member, reason = next(iter(short.items()))
         raise BuildError(
             f"the {key} engine of member {member!r} is refused: {reason}; "
@@ -104,9 +200,8 @@ def _judge(bundle: Bundle, key: str, checks: dict[str, dict[str, Any]], sample: 
     return report
 
 
-def _write_build(path: Path, key: str, precision: str, members: dict[str, dict[str, Any]], *, verified: bool) -> None:
-    values = {"key": key, "precision": precision, "cpu": cpu_name(), "segrt": __version__, "verified": verified, "members": members}
-    write_atomic(path, json.dumps(values, indent=1) + "\n")
+def _write_build(folder: Path, values: dict[str, Any]) -> None:
+    write_atomic(folder / "build.json", json.dumps({**values, "segrt": __version__}, indent=1) + "\n")
 
 
 _MEASURE = """

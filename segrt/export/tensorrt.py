@@ -10,7 +10,6 @@ from typing import Any
 from ..arrays import FloatArray, require
 from ..bundle import Bundle, write_atomic
 from ..engines import Precision, trt_api
-from ..engines.batches import gpu_batch
 from ..errors import BuildError
 from .quantized import quantized_onnx
 from .typed import typed_onnx
@@ -27,7 +26,7 @@ class TensorRTOptions:
 
     Attributes
     ----------
-    batch : windows per call at most, the number the plan is tuned for; 0 takes what keeps a large GPU busy
+    batch : windows per call at most, the number the plan is tuned for; `build_engine` replaces 0 by what keeps a large GPU busy
     workspace_bytes : memory that a layer may ask for, 0 for all there is
     compatible : a plan for every GPU from Ampere on and for later versions of TensorRT, which is larger and slower
     timing_cache : file that remembers measured kernels; the next build takes minutes less
@@ -39,20 +38,19 @@ class TensorRTOptions:
     timing_cache: Path | None = None
 
 
-def member_model(bundle: Bundle, member: str, precision: Precision, calibration: FloatArray | None, *, strong: bool) -> bytes:
-    """ONNX content that TensorRT is given for a member.
+def member_model(bundle: Bundle, member: str, precision: Precision, calibration: FloatArray | None) -> bytes:
+    """ONNX content that the TensorRT at hand is given for a member: for 10 and 11 with the precision in the graph's types.
 
     Parameters
     ----------
-    calibration : windows that set the ranges of int8
-    strong : write the precision into the graph's types, as TensorRT 10 and 11 want it; otherwise the builder's flags set it
+    calibration : windows (N, C, Z, Y, X) that set the ranges of int8
 
     Raises
     ------
     BuildError
         When the member cannot be had in this precision.
     """
-    source = bundle.onnx_path(member)
+    source, strong = bundle.onnx_path(member), trt_api.is_strongly_typed(trt_api.load())
     if precision == "int8":
         assert calibration is not None, "int8 needs windows to be calibrated on"
         content = quantized_onnx(source, calibration if bundle.spec.dimensions == 3 else calibration[:, :, 0])
@@ -104,11 +102,6 @@ def build_plan(model: bytes, precision: Precision, options: TensorRTOptions) -> 
     if cache is not None and options.timing_cache is not None:
         write_atomic(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
-
-
-def default_batch(bundle: Bundle, options: TensorRTOptions) -> int:
-    """Windows per call: those of the options, or what keeps a large GPU busy."""
-    return options.batch or gpu_batch(bundle.spec.inference.patch)
 
 
 def _parse(trt: Any, network: Any, log: Any, model: bytes) -> None:

@@ -31,7 +31,7 @@ _NOT_BF16 = {"ConvTranspose"}
 # float32 inside, rounded to 16 bits on the way out
 _NORMS = {"InstanceNormalization", "BatchNormalization", "GroupNormalization", "LayerNormalization"}
 # 16 bits when all they read already is
-_FOLLOWERS = {"Add", "Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad"}
+_FOLLOWERS = {"Add", "Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Shape"}
 
 
 def typed_onnx(source: Path | bytes, precision: Half, *, inputs: Half | None = None, outputs: Half | None = None) -> bytes:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..arrays import Array, FloatArray, Spacing3
 from ..bundle import Bundle
+from ..device import to_device, to_host, use_device
 from ..engines import Engine, Precision, open_engine
 from ..errors import BuildError
 from ..io import read_volume
@@ -130,7 +131,9 @@ def stored_reference(bundle: Bundle, member: str) -> tuple[FloatArray, FloatArra
 
 
 def _run(engine: Engine, windows: FloatArray) -> FloatArray:
-    return np.concatenate([engine(np.ascontiguousarray(window[None])) for window in windows])
+    with use_device(engine.device):
+        answers = [to_host(engine(to_device(np.ascontiguousarray(window[None]), engine.device))) for window in windows]
+    return np.concatenate(answers).astype(np.float32, copy=False)
 
 
 def _labels(logits: FloatArray, spec: ModelSpec) -> Array:
