@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit, prange
 
 from ..arrays import Array, FloatArray, Shape3
 from ..device import on_device
 from ..errors import InputError
+from . import _blend
 from ._views import LAUNCH, flatten
 
 # columns of a table of windows: start, flip and row of the weight table, (z, y, x) each, then the position in the batch
 START, FLIP, ROW, SOURCE, COLUMNS = slice(0, 3), slice(3, 6), slice(6, 9), 9, 10
 
 Tables = tuple[FloatArray, FloatArray, FloatArray]
-
-_U32 = np.uint32
 
 
 def gaussian_1d(size: int) -> Array:
@@ -82,7 +80,7 @@ def add_window(acc: FloatArray, patch: Array, start: Shape3, wz: FloatArray, wy:
     wide = np.ascontiguousarray(patch, np.float32)
     flat, layout = _window(acc, patch.shape[1:], start)
     with LAUNCH:
-        _add(flat, layout, wide, wz * np.float32(scale), wy, wx)
+        _blend.add(flat, layout, wide, wz * np.float32(scale), wy, wx)
 
 
 def gather_windows(data: FloatArray, entries: Array, patch: Shape3, low: Shape3) -> FloatArray:
@@ -250,8 +248,8 @@ def add_window_half(acc: Array, count: Array, patch: FloatArray, start: Shape3, 
     wide = np.ascontiguousarray(patch, np.float32)
     weight = np.ascontiguousarray(gaussian).view(np.uint16)
     with LAUNCH:
-        _add_half(sums, sums_layout, wide, weight)
-        _add_half(counts, counts_layout, np.ones((1, *size), np.float32), weight)
+        _blend.add_half(sums, sums_layout, wide, weight)
+        _blend.add_half(counts, counts_layout, np.ones((1, *size), np.float32), weight)
 
 
 def divide_half(acc: Array, count: Array) -> None:
@@ -259,7 +257,7 @@ def divide_half(acc: Array, count: Array) -> None:
     flat, layout = flatten(acc.view(np.uint16))
     divisor = np.ascontiguousarray(count).view(np.uint16)
     with LAUNCH:
-        _divide_half(flat, layout, len(acc), divisor)
+        _blend.divide_half(flat, layout, len(acc), divisor)
 
 
 def _window(acc: Array, size: tuple[int, ...], start: Shape3) -> tuple[Array, tuple[int, ...]]:
@@ -268,88 +266,3 @@ def _window(acc: Array, size: tuple[int, ...], start: Shape3) -> tuple[Array, tu
     if window.shape[1:] != tuple(size) or min(start) < 0:
         raise InputError(f"a window of {tuple(size)} at {tuple(start)} does not lie in an array of {acc.shape[1:]}")
     return flatten(window)
-
-
-@njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})
-def _add(flat, layout, patch, wz, wy, wx):  # type: ignore[no-untyped-def]
-    offset, sk, sz, sy, sx = layout
-    classes, nz, ny, nx = patch.shape
-    for job in prange(classes * nz):
-        k, z = job // nz, job % nz
-        for y in range(ny):
-            weight = wz[z] * wy[y]
-            start = offset + k * sk + z * sz + y * sy
-            source = patch[k, z, y]
-            if sx == 1:
-                row = flat[start : start + nx]
-                for x in range(nx):
-                    row[x] += source[x] * (weight * wx[x])
-            else:
-                for x in range(nx):
-                    flat[start + x * sx] += source[x] * (weight * wx[x])
-
-
-# float16 by its bits, without branches, so that the loops below run in vector registers
-@njit(cache=True, nogil=True, inline="always")
-def _widen(half):  # type: ignore[no-untyped-def]
-    """float32 of the float16 with these bits."""
-    wide = _U32(half)
-    sign = _U32(_U32(wide & _U32(0x8000)) << _U32(16))
-    bits = _U32(_U32(wide & _U32(0x7FFF)) << _U32(13))
-    # the exponent is too small by 112; multiplying puts subnormals right as well
-    finite = np.float32(_U32(bits).view(np.float32) * np.float32(2.0**112)).view(np.uint32)
-    size = _U32(bits | _U32(0x7F800000)) if bits >= _U32(0x0F800000) else finite
-    return _U32(size | sign).view(np.float32)
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _narrow(value):  # type: ignore[no-untyped-def]
-    """Bits of the float16 nearest to a float32, ties to even."""
-    bits = np.float32(value).view(np.uint32)
-    sign = _U32(bits & _U32(0x80000000))
-    size = _U32(bits ^ sign)
-    odd = _U32(_U32(size >> _U32(13)) & _U32(1))
-    normal = _U32(_U32(size + _U32(0xC8000FFF) + odd) >> _U32(13))
-    # below 2^-14: adding 0.5 leaves the rounded subnormal in the lowest bits
-    small = _U32(np.float32(_U32(size).view(np.float32) + np.float32(0.5)).view(np.uint32) - _U32(0x3F000000))
-    infinite = _U32(0x7E00) if size > _U32(0x7F800000) else _U32(0x7C00)
-    result = small if size < _U32(0x38800000) else normal
-    result = infinite if size >= _U32(0x47800000) else result
-    return np.uint16(result | _U32(sign >> _U32(16)))
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def _add_half(flat, layout, patch, weight):  # type: ignore[no-untyped-def]
-    offset, sk, sz, sy, sx = layout
-    classes, nz, ny, nx = patch.shape
-    for job in prange(classes * nz):
-        k, z = job // nz, job % nz
-        for y in range(ny):
-            start = offset + k * sk + z * sz + y * sy
-            source, factor = patch[k, z, y], weight[z, y]
-            # no fused multiply-add: the product is rounded to float32 first
-            if sx == 1:
-                row = flat[start : start + nx]
-                for x in range(nx):
-                    row[x] = _narrow(_widen(row[x]) + source[x] * _widen(factor[x]))
-            else:
-                for x in range(nx):
-                    flat[start + x * sx] = _narrow(_widen(flat[start + x * sx]) + source[x] * _widen(factor[x]))
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def _divide_half(flat, layout, classes, count):  # type: ignore[no-untyped-def]
-    offset, sk, sz, sy, sx = layout
-    nz, ny, nx = count.shape
-    for job in prange(classes * nz):
-        k, z = job // nz, job % nz
-        for y in range(ny):
-            start = offset + k * sk + z * sz + y * sy
-            divisor = count[z, y]
-            if sx == 1:
-                row = flat[start : start + nx]
-                for x in range(nx):
-                    row[x] = _narrow(_widen(row[x]) / _widen(divisor[x]))
-            else:
-                for x in range(nx):
-                    flat[start + x * sx] = _narrow(_widen(flat[start + x * sx]) / _widen(divisor[x]))

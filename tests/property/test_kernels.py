@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from segrt.kernels import argmax, bbox, blend, components, normalize, resample
+from segrt.kernels import _blend, argmax, bbox, blend, components, normalize, resample
 from tests import reference
 
 SIZES = st.integers(1, 11)
@@ -214,10 +214,10 @@ def test_float16_recipe_bit_for_bit(classes, patch, scale, seed):
 def test_every_float16_survives_the_bit_tricks():
     bits = np.arange(0, 0x7C01, dtype=np.uint16)
     halves = bits.view(np.float16)
-    wide = np.array([blend._widen(b) for b in bits], np.float32)
+    wide = np.array([_blend.widen(b) for b in bits], np.float32)
     np.testing.assert_array_equal(wide, halves.astype(np.float32))
     # halfway to the next one, and a float32 step to both sides of it
     middle = ((wide[:-1].astype(np.float64) + np.minimum(wide[1:], 65536)) / 2).astype(np.float32)
     for value in (wide, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))):
         with np.errstate(over="ignore"):
-            np.testing.assert_array_equal(np.array([blend._narrow(v) for v in value], np.uint16), value.astype(np.float16).view(np.uint16))
+            np.testing.assert_array_equal(np.array([_blend.narrow(v) for v in value], np.uint16), value.astype(np.float16).view(np.uint16))
