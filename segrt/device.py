@@ -103,6 +103,30 @@ def use_device(device: str) -> Any:
     return require("cupy", extra="gpu").cuda.Device(number)
 
 
+def open_stream(device: str) -> Any:
+    """Return a CUDA stream of a device's own, to be given to `compute_on`; None for "cpu" and "simulated"; errors as `use_device`."""
+    if device_number(device) is None:
+        return None
+    with use_device(device):
+        return require("cupy", extra="gpu").cuda.Stream(non_blocking=True)
+
+
+@contextmanager
+def compute_on(device: str, stream: Any) -> Iterator[None]:
+    """Allocate and launch on `device`, in `stream` from `open_stream`, inside the block."""
+    if stream is None:
+        yield
+        return
+    with use_device(device), stream:
+        yield
+
+
+def wait_for(stream: Any) -> None:
+    """Wait until what was launched in a stream is done; nothing for None."""
+    if stream is not None:
+        stream.synchronize()
+
+
 def device_number(device: str) -> int | None:
     """Return N of "cuda:N" (0 for "cuda") after checking that it is there; None for "cpu" and "simulated"; errors as `use_device`."""
     if device in ("cpu", "simulated"):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import resource
 import sys
-from math import prod
+from dataclasses import dataclass
+from math import ceil, prod
 from pathlib import Path
 
 import numpy as np
 
+from .arrays import Shape3
+from .errors import BackendError
 from .preprocess import working_grid
-from .spec import ModelSpec, UNetSpec
-from .volume import Grid
+from .restore import can_restore_by_slab
+from .spec import ModelSpec, UNetSpec, ZScoreNorm
+from .volume import Grid, Placement
+from .windows import count_starts
 
 _SLACK = 128 * 2**20  # compiled kernels, thread stacks, the allocator's own rounding
+HOST_LOGITS = 512 * 2**20  # on the CPU logits that take more are made slab by slab
+_DEVICE_SHARE = 0.92  # of a GPU's free memory: the allocator cannot use all of it
 
 
 def resident_bytes() -> int:
@@ -46,7 +53,153 @@ def available_bytes() -> int:
     return 0
 
 
-def case_bytes(spec: ModelSpec, grid: Grid, itemsize: int, *, half: bool = False, probabilities: bool = False) -> int:
+def starts_per_slab(spec: ModelSpec, shape: Shape3, budget: int, *, batch: int = 1, step: float | None = None) -> int | None:
+    """Return for how many window starts along z logits are held at a time: None for all of them when that takes no more than `budget`.
+
+    Parameters
+    ----------
+    shape : (z, y, x) of the working grid
+    budget : bytes
+    batch : windows the engine likes at once; a slab has at least as many
+    step : overrides the spec's window step
+    """
+    if 4 * spec.classes * prod(_padded(spec, shape)) <= budget:
+        return None
+    counts = _counts(spec, shape, step)
+    least = -(-batch // (counts[1] * counts[2]))
+    return None if least >= counts[0] else least
+
+
+def logits_bytes(spec: ModelSpec, shape: Shape3, starts: int | None, *, step: float | None = None) -> int:
+    """Return the memory of the blended logits, whole or for slabs of `starts` (see `starts_per_slab`)."""
+    deep, high, wide = _padded(spec, shape)
+    if starts is not None:
+        patch, count = spec.inference.patch[0], _counts(spec, shape, step)[0]
+        between = ceil((starts - 1) * (deep - patch) / max(count - 1, 1))
+        # one plane of the slab before; starts are rounded
+        deep = min(deep, patch + between + (2 if starts > 1 else 1))
+    return 4 * spec.classes * deep * high * wide
+
+
+def _padded(spec: ModelSpec, shape: Shape3) -> tuple[int, ...]:
+    return tuple(max(n, p) for n, p in zip(shape, spec.inference.patch, strict=True))
+
+
+def _counts(spec: ModelSpec, shape: Shape3, step: float | None) -> tuple[int, ...]:
+    """Windows along each axis; not listed, for an image may claim any size."""
+    chosen = spec.inference.step if step is None else step
+    return tuple(count_starts(n, p, chosen) for n, p in zip(_padded(spec, shape), spec.inference.patch, strict=True))
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What one case allocates on a GPU.
+
+    Attributes
+    ----------
+    stages : stage -> (what, bytes) of all that is held at its worst moment
+    starts_per_slab : see `starts_per_slab`
+    """
+
+    stages: dict[str, tuple[tuple[str, int], ...]]
+    starts_per_slab: int | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the stage that needs most."""
+        return max(sum(size for _, size in held) for held in self.stages.values())
+
+
+def plan_device(
+    spec: ModelSpec,
+    grid: Grid,
+    itemsize: int,
+    *,
+    free: int,
+    batch: int = 1,
+    engine: int = 0,
+    step: float | None = None,
+    flips: int = 1,
+    probabilities: bool = False,
+) -> DevicePlan:
+    """Decide whether a case's logits fit a GPU whole or slab by slab, before anything is allocated.
+
+    Parameters
+    ----------
+    grid : of the image; the crop is not known yet, so this is an upper bound
+    itemsize : bytes a voxel of the image takes
+    free : bytes the GPU has left
+    batch : windows in one call of the engine
+    engine : bytes the engines still need while they run
+    flips : mirrored passes
+    probabilities : they are asked for: logits are whole then
+
+    Raises
+    ------
+    BackendError
+        When not even slabs fit.
+    """
+    budget = int(free * _DEVICE_SHARE)
+    whole = _device_plan(spec, grid, itemsize, None, batch, engine, step, probabilities)
+    if whole.peak <= budget:
+        return whole
+    plan = whole
+    if not probabilities and can_restore_by_slab(_whole_placement(spec, grid), spec):
+        working = _working_shape(spec, grid)
+        starts = starts_per_slab(spec, working, 0, batch=max(1, batch // flips), step=step)
+        plan = _device_plan(spec, grid, itemsize, starts, batch, engine, step, probabilities)
+    if plan.peak > budget:
+        stage = max(plan.stages, key=lambda name: sum(size for _, size in plan.stages[name]))
+        parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in plan.stages[stage] if size)
+        raise BackendError(
+            f"an image of {' x '.join(map(str, grid.shape))} voxels needs {plan.peak / 1e9:.2f} GB of the GPU's memory ({parts} GB) and "
+            f"{budget / 1e9:.2f} GB can be had; free some, use a smaller --batch, or --device cpu"
+        )
+    return plan
+
+
+def _device_plan(
+    spec: ModelSpec, grid: Grid, itemsize: int, starts: int | None, batch: int, engine: int, step: float | None, probabilities: bool
+) -> DevicePlan:
+    working, voxels, patch = _working_shape(spec, grid), prod(grid.shape), prod(spec.inference.patch)
+    masked = spec.previous is not None or any(isinstance(c.normalization, ZScoreNorm) and c.normalization.masked for c in spec.channels)
+    image = ("image", len(spec.channels) * voxels * itemsize)
+    data = ("working array", 4 * spec.in_channels * prod(working))
+    labels = ("labels", np.dtype(spec.label_dtype).itemsize * voxels)
+    turned = [grid.shape[axis] for axis in spec.transpose]
+    # two passes of a separable resampling are held at once
+    between = ("resampling", 8 * prod(max(n, m) for n, m in zip(turned, working, strict=True)))
+    windows = ("windows", 4 * batch * patch * (spec.in_channels + 2 * spec.classes))
+    logits = ("logits", logits_bytes(spec, working, starts, step=step))
+    scores = ("probabilities", 4 * spec.classes * voxels if probabilities else 0)
+    components = ("components", 10 * voxels if spec.postprocess else 0)
+    return DevicePlan(
+        {
+            "preprocess": (image, data, between, ("mask", (9 if masked else 0) * voxels)),
+            "network": (data, windows, logits, labels, scores, ("engine", engine)),
+            "postprocess": (labels, ("result", labels[1]), components),
+        },
+        starts,
+    )
+
+
+def _working_shape(spec: ModelSpec, grid: Grid) -> Shape3:
+    t = spec.transpose
+    turned = (grid.shape[t[0]], grid.shape[t[1]], grid.shape[t[2]])
+    return working_grid(spec, turned, (grid.spacing[t[0]], grid.spacing[t[1]], grid.spacing[t[2]]))[0]
+
+
+def _whole_placement(spec: ModelSpec, grid: Grid) -> Placement:
+    """The placement of an image that is not cropped."""
+    t = spec.transpose
+    turned = (grid.shape[t[0]], grid.shape[t[1]], grid.shape[t[2]])
+    working, spacing = working_grid(spec, turned, (grid.spacing[t[0]], grid.spacing[t[1]], grid.spacing[t[2]]))
+    return Placement(grid, t, ((0, turned[0]), (0, turned[1]), (0, turned[2])), working, spacing)
+
+
+def case_bytes(
+    spec: ModelSpec, grid: Grid, itemsize: int, *, half: bool = False, probabilities: bool = False, step: float | None = None
+) -> int:
     """Upper bound of the arrays one case needs at its worst moment, without the engine.
 
     Parameters
@@ -55,22 +208,25 @@ def case_bytes(spec: ModelSpec, grid: Grid, itemsize: int, *, half: bool = False
     itemsize : bytes a voxel of the image takes
     half : accumulation in float16
     probabilities : they are asked for
+    step : overrides the spec's window step
     """
-    t = spec.transpose
-    turned = (grid.shape[t[0]], grid.shape[t[1]], grid.shape[t[2]])
-    spacing = (grid.spacing[t[0]], grid.spacing[t[1]], grid.spacing[t[2]])
-    working, _ = working_grid(spec, turned, spacing)
-    padded = prod(max(n, p) for n, p in zip(working, spec.inference.patch, strict=True))
+    placement = _whole_placement(spec, grid)
+    turned, working = placement.cropped_shape, placement.shape
+    padded = prod(_padded(spec, working))
     voxels, channels = prod(grid.shape), len(spec.channels)
     image = voxels * channels * itemsize
     data = 4 * spec.in_channels * prod(working)
     # float16 sums keep a count and the weights beside them, and the last division widens one channel at a time; of folds two are held
     sums = (4 if len(spec.members) > 1 else 2) if half else 4
     logits = spec.classes * padded * sums + (8 * padded if half else 0)
+    if not half and not probabilities and can_restore_by_slab(placement, spec):
+        # a smaller crop of the image may be held whole up to the budget
+        starts = starts_per_slab(spec, working, HOST_LOGITS, step=step)
+        logits = min(logits, max(HOST_LOGITS, logits_bytes(spec, working, starts, step=step)))
     label = np.dtype(spec.label_dtype).itemsize * voxels
     reading = 2 * image
     resampling = image + data + 4 * max(turned[0], working[0]) * max(turned[1], working[1]) * working[2] + (voxels if spec.previous else 0)
-    running = image + data + 4 * spec.in_channels * (padded if padded != prod(working) else 0) + logits
+    running = image + data + logits
     scores = 4 * spec.classes * voxels if probabilities else 0
     # what resizes a class at a time holds its result, a pass on the way there, the best so far and rounded copies
     by_class = (spec.resample_logits.order, spec.resample_logits.order_z) != (1, 0)
@@ -96,7 +252,15 @@ def engine_bytes(spec: ModelSpec, members: int) -> int:
 
 
 def estimate(
-    spec: ModelSpec, grid: Grid, itemsize: int, *, base: int, engines: int, half: bool = False, probabilities: bool = False
+    spec: ModelSpec,
+    grid: Grid,
+    itemsize: int,
+    *,
+    base: int,
+    engines: int,
+    half: bool = False,
+    probabilities: bool = False,
+    step: float | None = None,
 ) -> int:
     """Peak of the whole process in bytes: `base` (held before engines opened), the engines, the case, and slack."""
-    return int(base + engines + 1.1 * case_bytes(spec, grid, itemsize, half=half, probabilities=probabilities) + _SLACK)
+    return int(base + engines + 1.1 * case_bytes(spec, grid, itemsize, half=half, probabilities=probabilities, step=step) + _SLACK)

@@ -7,11 +7,13 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +30,18 @@ from .predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
-_COMPUTING = ("numpy", "numba", "SimpleITK", "openvino", "onnxruntime", "torch")
+_COMPUTING = (
+    "numpy",
+    "numba",
+    "SimpleITK",
+    "openvino",
+    "onnxruntime",
+    "torch",
+    "cupy-cuda13x",
+    "numba-cuda",
+    "onnxruntime-gpu",
+    "tensorrt-cu13",
+)
 
 CaseProgress = Callable[[str, int, int], None]
 
@@ -50,7 +63,7 @@ class CaseResult:
 def predict_many(
     cases: Iterable[Case],
     output: str | Path,
-    predictor: Predictor,
+    predictor: Predictor | Sequence[Predictor],
     *,
     format: str | None = None,  # noqa: A002 - the command's flag has this name
     overwrite: bool = False,
@@ -59,12 +72,13 @@ def predict_many(
     progress: CaseProgress | None = None,
     done: Callable[[CaseResult], None] | None = None,
 ) -> list[CaseResult]:
-    """Segment cases one after the other and write predictions.json beside the label files.
+    """Segment cases and write predictions.json beside the label files.
 
     Parameters
     ----------
     cases : from `segrt.io.find_cases`
     output : folder for the labels, made when missing
+    predictor : one, or several of the same model on different devices, which take the next case as they become free
     format : suffix of the label files, such as ".nii.gz"; the input's own by default
     overwrite : do finished cases again
     probabilities : also write <case>.npz with `probabilities` (K, Z, Y, X) float32
@@ -83,22 +97,56 @@ def predict_many(
         When the output folder cannot be made or predictions.json not be written, a label file would replace an image or cannot have
         that format, or `previous` is given for a model that is no cascade.
     """
-    _check(predictor, format, previous)
+    predictors = [predictor] if isinstance(predictor, Predictor) else list(predictor)
+    _check(predictors[0], format, previous)
     folder = make_folder(output)
-    results: list[CaseResult] = []
-    now, earlier = _provenance(predictor), {entry["name"]: entry for entry in _earlier(folder)}
-    for case, target in _targets(cases, folder, format):
-        result = _one(case, target, predictor, overwrite, probabilities, previous, progress)
-        results.append(result)
-        if result.status == "skipped" and _differs(earlier.get(case.name), now):
+    finished: dict[str, CaseResult] = {}
+    now, earlier = _provenance(predictors[0]), {entry["name"]: entry for entry in _earlier(folder)}
+    targets = _targets(cases, folder, format)
+
+    def run(case: Case, target: Path, chosen: Predictor) -> CaseResult:
+        return _one(case, target, chosen, overwrite, probabilities, previous, progress)
+
+    for target, result in _as_completed(targets, predictors, run):
+        finished[result.name] = result
+        if result.status == "skipped" and _differs(earlier.get(result.name), now):
             logger.warning("%s was made by another model or with other settings and is kept; --overwrite makes it again", target)
         # after every case, so that whatever ends the run leaves a record of what is finished
-        _write_record(results, predictor, folder)
+        _write_record([finished[case.name] for case, _ in targets if case.name in finished], predictors[0], folder)
         if done:
             done(result)
         elif result.status == "failed":
             logger.error("%s failed: %s", result.name, result.error)
-    return results
+    return [finished[case.name] for case, _ in targets]
+
+
+def _as_completed(
+    targets: Sequence[tuple[Case, Path]], predictors: Sequence[Predictor], run: Callable[[Case, Path, Predictor], CaseResult]
+) -> Iterator[tuple[Path, CaseResult]]:
+    """Results as they come; with several predictors each has a thread, and the next case goes to the one that is free."""
+    if len(predictors) == 1:
+        for case, target in targets:
+            yield target, run(case, target, predictors[0])
+        return
+    free: SimpleQueue[Predictor] = SimpleQueue()
+    for predictor in predictors:
+        free.put(predictor)
+
+    def work(case: Case, target: Path) -> CaseResult:
+        chosen = free.get()
+        try:
+            return run(case, target, chosen)
+        finally:
+            free.put(chosen)
+
+    pool = ThreadPoolExecutor(len(predictors))
+    try:
+        futures = {pool.submit(work, case, target): target for case, target in targets}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        # when the run is stopped, cases that have begun are finished and no other is begun
+        pool.shutdown(cancel_futures=True)
 
 
 def make_folder(path: str | Path) -> Path:
@@ -178,6 +226,8 @@ def _record(results: list[CaseResult], predictor: Predictor, folder: Path) -> di
     """The content of predictions.json; what earlier runs into the same folder said of a skipped case is kept."""
     cases = {r.name: asdict(r) for r in results if r.status == "skipped"} | {c["name"]: c for c in _earlier(folder)}
     cases |= {r.name: asdict(r) for r in results if r.status != "skipped"}
+    # the folder's cases in their order, whichever was finished first; those of other runs before them
+    cases = {name: case for name, case in cases.items() if name not in {r.name for r in results}} | {r.name: cases[r.name] for r in results}
     now = _provenance(predictor)
     return {
         "segrt": __version__,

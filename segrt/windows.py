@@ -9,7 +9,8 @@ from itertools import product
 import numpy as np
 
 from .arrays import Array, FloatArray, Shape3
-from .kernels.blend import add_window, add_window_half, axis_weights, divide_half, gaussian_half
+from .device import get_xp
+from .kernels.blend import add_window_half, axis_weights, blend_windows, divide_half, gaussian_half
 from .spec import Inference
 
 
@@ -54,32 +55,89 @@ def plan_windows(shape: Sequence[int], inference: Inference, *, step: float | No
     return WindowPlan(padded, patch, axes, low)  # type: ignore[arg-type]
 
 
+def count_starts(size: int, patch: int, step: float) -> int:
+    """Return how many windows of length `patch` an axis of `size` >= `patch` voxels gets."""
+    return size if patch == 1 else int(np.ceil((size - patch) / (patch * step))) + 1
+
+
 def _axis_starts(size: int, patch: int, step: float) -> tuple[int, ...]:
     if patch == 1:
         return tuple(range(size))  # a 2-D model visits every slice, whatever the step
-    count = int(np.ceil((size - patch) / (patch * step))) + 1
+    count = count_starts(size, patch, step)
     width = (size - patch) / (count - 1) if count > 1 else 0.0
     return tuple(int(np.round(width * i)) for i in range(count))
 
 
-class Aggregator:
-    """Blend window logits in float32 with weights that sum to one at every voxel: no count array, no division pass."""
+@dataclass(frozen=True)
+class Slab:
+    """Windows whose starts along z are consecutive.
 
-    def __init__(self, classes: int, plan: WindowPlan, blending: str) -> None:
-        self.logits: FloatArray = np.zeros((classes, *plan.shape), np.float32)
-        self._weights = tuple(
-            dict(zip(starts, axis_weights(starts, size, length, blending), strict=True))
+    Attributes
+    ----------
+    entries : (W, 10) int32, one row per window: start z y x, flip z y x (0), row of the axis weights z y x, source (0)
+    base : plane of the padded array where the slab begins, one before its first window's when there is one
+    stop : plane after its last window's
+    ready : planes before this one get no more windows
+    """
+
+    entries: Array
+    base: int
+    stop: int
+    ready: int
+
+
+def plan_slabs(plan: WindowPlan, starts_per_slab: int | None = None) -> list[Slab]:
+    """Divide windows into slabs of `starts_per_slab` consecutive z starts; all in one by default.
+
+    A slab begins one plane before its first window: linear resampling may still need the last plane that is ready.
+    """
+    z_starts, y_starts, x_starts = plan.axes
+    size = starts_per_slab or len(z_starts)
+    slabs = []
+    for first in range(0, len(z_starts), size):
+        rows = range(first, min(first + size, len(z_starts)))
+        entries = [
+            (z_starts[i], y, x, 0, 0, 0, i, j, k, 0) for i in rows for (j, y), (k, x) in product(enumerate(y_starts), enumerate(x_starts))
+        ]
+        following = rows.stop < len(z_starts)
+        stop = z_starts[rows.stop - 1] + plan.patch[0]
+        ready = z_starts[rows.stop] if following else plan.shape[0]
+        slabs.append(Slab(np.array(entries, np.int32).reshape(-1, 10), max(z_starts[first] - 1, 0), stop, ready))
+    return slabs
+
+
+class Aggregator:
+    """Blend window logits in float32 with weights that sum to one at every voxel: no count array, no division pass.
+
+    It holds the planes of one slab, where `like` lies; `move_to` the next one keeps the planes they share.
+    """
+
+    def __init__(self, classes: int, plan: WindowPlan, blending: str, *, slabs: Sequence[Slab], like: Array) -> None:
+        xp = get_xp(like)
+        depth = max(slab.stop - slab.base for slab in slabs)
+        self.logits: FloatArray = xp.zeros((classes, depth, *plan.shape[1:]), np.float32)
+        self._base = slabs[0].base
+        self._tables = tuple(
+            xp.asarray(axis_weights(starts, size, length, blending))
             for starts, size, length in zip(plan.axes, plan.patch, plan.shape, strict=True)
         )
 
-    def add(self, logits: FloatArray, start: Shape3, scale: float = 1.0) -> None:
-        """Add one window's logits (K, z, y, x) at `start`, times `scale`."""
-        wz, wy, wx = (weights[s] for weights, s in zip(self._weights, start, strict=True))
-        add_window(self.logits, logits, start, wz, wy, wx, scale)
+    def add(self, logits: Array, entries: Array, scale: float = 1.0) -> None:
+        """Add the windows of `entries` (see `Slab`; source is the row of `logits` (N, K, z, y, x)), times `scale`."""
+        here = entries.copy()
+        here[:, 0] -= self._base
+        blend_windows(self.logits, logits, here, self._tables, scale)
 
-    def finish(self) -> FloatArray:
-        """The blended logits (K, Z, Y, X) float32 on the padded array."""
-        return self.logits
+    def move_to(self, slab: Slab) -> None:
+        """Begin at the slab's first plane: planes before it are forgotten, those after the last one are zero."""
+        shift, depth = slab.base - self._base, self.logits.shape[1]
+        # piece by piece, for a copy within one array must not overlap itself on a GPU
+        for first in range(0, depth - shift if shift else 0, max(shift, 1)):
+            last = min(first + shift, depth - shift)
+            self.logits[:, first:last] = self.logits[:, first + shift : last + shift]
+        if shift:
+            self.logits[:, max(depth - shift, 0) :] = 0
+        self._base = slab.base
 
 
 class HalfAggregator:

@@ -45,8 +45,8 @@ def gigabytes(count: float) -> str:
 
 
 _CHOICES = {
-    "device": ("cpu",),
-    "backend": ("auto", "openvino", "onnxruntime", "pytorch"),
+    "backend": ("auto", "openvino", "onnxruntime", "pytorch", "tensorrt", "tensorrt-rtx"),
+    "across": ("cases", "windows"),
     "precision": ("fp32", "bf16", "fp16", "int8"),
     "accumulate": ("float32", "float16"),
     "head": ("logits", "softmax", "argmax"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +23,13 @@ def predict(
     tta: Annotated[bool, typer.Option("--tta/--no-tta", help="Average over the model's mirrored axes.")] = True,
     postprocess: Annotated[bool, typer.Option("--postprocess/--no-postprocess", help="Apply the model's post-processing.")] = True,
     previous: Annotated[Path | None, typer.Option(help="Folder with first-stage labels of a cascade, made elsewhere.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, openvino, onnxruntime or pytorch.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or int8.")] = "fp32",
+    backend: Annotated[str, typer.Option(help="auto, openvino, onnxruntime, pytorch, tensorrt or tensorrt-rtx.")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16 or int8; fp32 on a CPU and fp16 on a GPU by default.", show_default=False)
+    ] = None,
     accumulate: Annotated[str, typer.Option(help="float32, or float16 to repeat nnU-Net's rounding.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, or several such as cuda:0,cuda:1.")] = "auto",
+    across: Annotated[str, typer.Option(help="What several GPUs share: cases, or the windows of each case.")] = "cases",
     save_probabilities: Annotated[bool, typer.Option("--save-probabilities", help="Also write <case>.npz.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 means all.")] = 0,
@@ -45,7 +49,7 @@ def predict(
     from .show import Bars, print_estimate, print_summary
 
     configure_logging(verbose=verbose)
-    check_choices(device=device, backend=backend, precision=precision, accumulate=accumulate)
+    check_choices(backend=backend, accumulate=accumulate, across=across, **({"precision": precision} if precision else {}))
     check_folder(previous)
     options: dict[str, Any] = {
         "folds": comma_list(folds),
@@ -64,15 +68,17 @@ def predict(
     if benchmark:
         from .benchmark import time_case
 
-        time_case(bundle, cases[0], output, tta=tta, previous=previous, options=options)
+        time_case(bundle, cases[0], output, tta=tta, previous=previous, options={**options, "device": device})
         return
-    with Predictor(bundle, tta=tta, **options) as predictor:
-        print_estimate(predictor, cases, base, probabilities=save_probabilities)
+    with ExitStack() as opened:
+        places = device.split(",") if across == "cases" else [device]
+        predictors = [opened.enter_context(Predictor(bundle, tta=tta, device=place, **options)) for place in places]
+        print_estimate(predictors[0], cases, base, probabilities=save_probabilities)
         with Bars(len(cases)) as bars:
             results = predict_many(
                 cases,
                 output,
-                predictor,
+                predictors,
                 format=format,
                 overwrite=overwrite,
                 probabilities=save_probabilities,

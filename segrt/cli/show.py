@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..bundle import Bundle
+from ..device import free_bytes
 from ..io import Case
 from ..io.peek import peek
 from ..memory import available_bytes, engine_bytes, estimate, resident_bytes
@@ -24,7 +26,10 @@ _FIRST_WINDOW = 160 * 2**20
 
 
 def print_estimate(predictor: Predictor, cases: Sequence[Case], base: int, *, probabilities: bool) -> None:
-    """Say how much memory the largest case will take."""
+    """Say how much memory the largest case will take, on the GPU when that is where it is computed."""
+    if predictor.device.startswith("cuda"):
+        _print_device_estimate(predictor, cases, probabilities=probabilities)
+        return
     sizes = {case.name: case_estimate(predictor, case, base, probabilities=probabilities) for case in cases}
     if any(sizes.values()):
         name = max(sizes, key=lambda key: sizes[key])
@@ -34,6 +39,17 @@ def print_estimate(predictor: Predictor, cases: Sequence[Case], base: int, *, pr
         if free and sizes[name] - resident_bytes() > free:
             line += f", more than the {gigabytes(free)} that are free: the system may end this run"
         Console(stderr=True, markup=False).print(line, highlight=False, soft_wrap=True)
+
+
+def _print_device_estimate(predictor: Predictor, cases: Sequence[Case], *, probabilities: bool) -> None:
+    known = {case.name: found for case in cases if (found := peek(case.files))}
+    if not known:
+        return
+    name, (grid, itemsize) = max(known.items(), key=lambda item: prod(item[1][0].shape))
+    plan = predictor.device_plan(grid, itemsize, free_bytes(predictor.device), probabilities=probabilities)
+    how = "" if plan.starts_per_slab is None else ", logits slab by slab"
+    line = f"memory of {predictor.device}: at most {gigabytes(plan.peak)} beside the network (case {name}{how})"
+    Console(stderr=True, markup=False).print(line, highlight=False, soft_wrap=True)
 
 
 def case_estimate(predictor: Predictor, case: Case, base: int, *, probabilities: bool = False) -> int:
@@ -48,7 +64,7 @@ def case_estimate(predictor: Predictor, case: Case, base: int, *, probabilities:
         # nobody measured: what the library holds by now counts, and what it loads with its first window
         base = max(base, resident_bytes())
         engines = engine_bytes(predictor.spec, len(predictor.members)) + _FIRST_WINDOW
-    peak = estimate(predictor.spec, grid, itemsize, base=base, engines=engines, half=half, probabilities=probabilities)
+    peak = estimate(predictor.spec, grid, itemsize, base=base, engines=engines, half=half, probabilities=probabilities, step=predictor.step)
     if predictor.previous is not None:
         held = predictor.previous.engine_bytes or engine_bytes(predictor.previous.spec, len(predictor.previous.members))
         peak = max(peak, case_estimate(predictor.previous, case, base)) + held

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_sets import MODES, SETS, differing, golden_bundle
 
-from segrt.bundle import Bundle
 from segrt.engines import open_engine
-from segrt.export.importers.nnunetv2 import import_nnunet
 from segrt.export.onnx import export_onnx
 from segrt.infer import infer
 from segrt.io import find_cases, read_labels, read_volume
@@ -20,37 +20,6 @@ from segrt.pipeline import predict_many
 from segrt.predictor import Predictor
 from segrt.preprocess import preprocess
 
-
-@dataclass(frozen=True)
-class GoldenSet:
-    """Folders of a set, and the voxels that moved when nnU-Net's own float16 accumulators were replaced by float32 (tta, notta).
-
-    `tta`, `notta`: golden/README.md's table; float32 mode may differ by them x 1.1 + 5.
-    """
-
-    folder: str
-    configuration: str
-    tta: int
-    notta: int
-    expected: str = "expected_{mode}"
-    previous: str | None = None
-
-    def allowed(self, mode: str) -> float:
-        """Voxels float32 accumulation may move."""
-        return 1.1 * {"tta": self.tta, "notta": self.notta}[mode] + 5
-
-
-SETS = {
-    "S1": GoldenSet("S1_hippocampus_3d", "3d_fullres", 1, 2),
-    "S2": GoldenSet("S2_organs_ct", "3d_fullres", 112, 109),
-    "S3_lowres": GoldenSet("S3_cascade_ct", "3d_lowres", 112, 90, "expected_lowres_{mode}"),
-    "S3_cascade": GoldenSet("S3_cascade_ct", "3d_cascade_fullres", 342, 338, "expected_cascade_{mode}", "expected_lowres_{mode}"),
-    "S4": GoldenSet("S4_aniso_ct", "3d_fullres", 217, 293),
-    "S5": GoldenSet("S5_slices_2d", "2d", 14, 12),
-    "S6": GoldenSet("S6_png_2d", "2d", 0, 0),
-    "S7": GoldenSet("S7_regions_mr", "3d_fullres", 0, 0),
-}
-MODES = ("tta", "notta")
 ACCUMULATES = ("float32", "float16")
 
 
@@ -78,18 +47,7 @@ class RecordingEngine:
 @pytest.fixture(scope="module")
 def bundles(golden: Path, tmp_path_factory: pytest.TempPathFactory):
     """Import each set's model once, with its ONNX file."""
-    made: dict[str, Bundle] = {}
-
-    def get(name: str) -> Bundle:
-        if name not in made:
-            chosen = SETS[name]
-            models = golden / chosen.folder / "model"
-            source = next(p for p in models.iterdir() if p.name.endswith(f"__{chosen.configuration}"))
-            made[name] = import_nnunet(source, tmp_path_factory.mktemp("bundles") / name)
-            export_onnx(made[name])
-        return made[name]
-
-    return get
+    return cache(lambda name: golden_bundle(golden, name, tmp_path_factory.mktemp("bundles") / name))
 
 
 @pytest.fixture(scope="module", params=list(SETS))
@@ -113,21 +71,6 @@ def outcome(request: pytest.FixtureRequest, golden: Path, bundles, tmp_path_fact
         for engine in engines:
             engine.answers.clear()
     return name, folders
-
-
-def differing(expected: Path, actual: Path) -> tuple[int, int]:
-    """Voxels that differ and voxels in all, over every case; the geometry has to be the same."""
-    differ = total = 0
-    files = sorted(p for p in expected.iterdir() if p.name.endswith((".nii.gz", ".png")))
-    assert files
-    for file in files:
-        a, grid_a = read_labels(file)
-        b, grid_b = read_labels(actual / file.name)
-        assert grid_a.mismatch(grid_b, tolerance_mm=1e-5) is None
-        np.testing.assert_allclose(grid_a.affine, grid_b.affine, rtol=0, atol=1e-5)
-        differ += int((a != b).sum())
-        total += a.size
-    return differ, total
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -234,7 +177,7 @@ def test_preprocessed_input_and_logits_equal_nnunets(golden: Path, bundles, name
         expected = next(stored[k] for k in stored if k.startswith("logits_fp16")).astype(np.float32)
         stride = 4 if any(k.endswith("stride4") for k in stored) else 1
     engines = [open_engine(bundle, member, backend="openvino") for member in spec.members]
-    found = infer(data, engines, spec, accumulate="float16").logits[:, ::stride, ::stride, ::stride].astype(np.float32)
+    found = infer(data, engines, spec, accumulate="float16").whole()[:, ::stride, ::stride, ::stride].astype(np.float32)
     # at the outer corners float16 sums round logits to integers, so the engine's own rounding shows there: leave an eighth out
     inner = tuple(slice(n // 8, n - n // 8) for n in expected.shape[1:])
     found, expected = found[(slice(None), *inner)], expected[(slice(None), *inner)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from segrt.arrays import Shape3
 from segrt.spec import Inference
-from segrt.windows import Aggregator, HalfAggregator, WindowPlan, plan_windows
+from segrt.windows import Aggregator, HalfAggregator, WindowPlan, plan_slabs, plan_windows
 
 sizes = st.tuples(*[st.integers(1, 40)] * 3)
 patches = st.tuples(*[st.integers(1, 16)] * 3)
@@ -69,11 +69,12 @@ def test_padding_reaches_the_patch_and_is_centred(shape: Shape3, patch: Shape3, 
 @given(st.tuples(*[st.integers(1, 14)] * 3), st.tuples(*[st.integers(1, 7)] * 3), st.floats(0.2, 1.0), blendings)
 def test_weights_of_all_windows_sum_to_one(shape: Shape3, patch: Shape3, step: float, blending: str) -> None:
     plan = plan_of(shape, patch, step, blending)
-    total = Aggregator(1, plan, blending)
-    for start in plan.starts:
-        total.add(np.ones((1, *patch), np.float32), start)
+    (slab,) = slabs = plan_slabs(plan)
+    ones = np.ones((1, 1, *patch), np.float32)
+    total = Aggregator(1, plan, blending, slabs=slabs, like=ones)
+    total.add(ones, slab.entries)
     # float32: each weight is rounded once, and a voxel has at most some dozens of them
-    assert np.allclose(total.finish(), 1, atol=2e-5)
+    assert np.allclose(total.logits, 1, atol=2e-5)
 
 
 @given(st.tuples(*[st.integers(1, 14)] * 3), st.tuples(*[st.integers(2, 7)] * 3), st.floats(0.4, 1.0), blendings)

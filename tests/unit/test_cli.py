@@ -90,6 +90,21 @@ def test_the_short_form_runs_as_written(run: Run) -> None:
     assert again.out.splitlines()[-1].startswith("3 skipped")
 
 
+def test_the_gpus_path_can_be_simulated(run: Run) -> None:
+    assert run("images", "out").code == 0
+    assert run("images", "simulated", "--device", "simulated").code == 0
+    for name in IMAGES:
+        expected, found = (read_labels(Path(folder) / f"{name}.nii.gz")[0] for folder in ("out", "simulated"))
+        assert np.array_equal(expected, found)
+    assert "simulated" in json.loads(Path("simulated/predictions.json").read_text())["settings"]["engines"][0]
+
+
+def test_cases_are_shared_by_devices(run: Run) -> None:
+    """Two devices of which one is simulated: each case lies on one of them."""
+    assert run("images", "out", "--device", "cpu,simulated", "--across", "cases").code == 0
+    assert {case["status"] for case in record()["cases"]} == {"done"}
+
+
 def test_one_failing_case_of_three_gives_code_3(run: Run) -> None:
     path = Path("images/b_0000.nii.gz")
     whole = path.read_bytes()
@@ -135,10 +150,16 @@ def test_names_and_errors_with_brackets_are_printed_as_they_are(run: Run) -> Non
         (("segrt_model/onnx", "out"), "found no image"),
         (("images", "out", "--step", "0"), "expected 0 < step <= 1, got 0"),
         (("images", "out", "--folds", "0,7"), "no fold 7; the bundle has 0, 1"),
-        (("images", "out", "--backend", "tensorrt"), "--backend: expected auto or openvino or onnxruntime or pytorch, got 'tensorrt'"),
+        (("images", "out", "--backend", "tensorrt"), "tensorrt runs on an NVIDIA GPU, not on device cpu"),
+        (("images", "out", "--backend", "caffe"), "--backend: expected auto or openvino or onnxruntime or pytorch or tensorrt or"),
         (("images", "out", "--precision", "fp8"), "--precision: expected fp32 or bf16 or fp16 or int8, got 'fp8'"),
         (("images", "out", "--accumulate", "double"), "--accumulate: expected float32 or float16, got 'double'"),
-        (("images", "out", "--device", "cuda"), "--device: expected cpu, got 'cuda'"),
+        (("images", "out", "--device", "tpu"), "device: expected cpu, cuda, cuda:N or simulated, got 'tpu'"),
+        (("images", "out", "--device", "cuda:99"), "cuda:99 is asked for and this machine has"),
+        (("images", "out", "--device", "cuda:98,cuda:99", "--across", "windows"), "cuda:98 is asked for and this machine has"),
+        (("images", "out", "--device", "cuda:98,cuda:99"), "cuda:98 is asked for and this machine has"),
+        (("images", "out", "--across", "voxels"), "--across: expected cases or windows, got 'voxels'"),
+        (("images", "out", "--device", "cpu,simulated", "--across", "windows"), "several can only be GPUs"),
         (("images", "out", "--format", ".jpg"), "format: expected one of"),
         (("images", "out", "--previous", "nothing"), "nothing: no such folder; --previous expects"),
         (("images", "out", "--previous", "images"), "not the second stage of a cascade"),

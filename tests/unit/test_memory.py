@@ -14,10 +14,21 @@ import pytest
 from factories import UNET_2D, UNET_3D, make_bundle, make_spec, unet_bundle, write_case
 
 from segrt.bundle import Bundle
-from segrt.memory import case_bytes, engine_bytes, estimate, peak_bytes, resident_bytes
+from segrt.errors import BackendError
+from segrt.memory import (
+    case_bytes,
+    engine_bytes,
+    estimate,
+    logits_bytes,
+    peak_bytes,
+    plan_device,
+    resident_bytes,
+    starts_per_slab,
+)
 from segrt.phantom import make_phantom
 from segrt.spec import KeepLargest, ModelSpec, PreviousStage, Resampling, SpacingTarget
 from segrt.volume import Grid
+from segrt.windows import Aggregator, plan_slabs, plan_windows
 
 GRID = Grid((100, 200, 200), (5.0, 1.5, 1.5))
 SPEC = make_spec(values=range(16), patch=(32, 64, 64), target=SpacingTarget(spacing=(4.0, 2.5, 2.5)))
@@ -57,7 +68,8 @@ def test_what_needs_more_is_estimated_higher(more: ModelSpec, options: dict[str,
 
 def test_half_sums_need_less_and_wider_voxels_more() -> None:
     fine = SPEC.model_copy(update={"target": SpacingTarget(spacing=(2.0, 1.0, 1.0))})
-    assert case_bytes(fine, GRID, 2, half=True) < case_bytes(fine, GRID, 2)
+    # float16 sums are held whole, as logits are that probabilities are made of
+    assert case_bytes(fine, GRID, 2, half=True, probabilities=True) < case_bytes(fine, GRID, 2, probabilities=True)
     assert case_bytes(SPEC, GRID, 8) > case_bytes(SPEC, GRID, 2)
 
 
@@ -104,6 +116,12 @@ def cleaned(folder: Path) -> Bundle:
     return make_bundle(folder / "model", spec, centres=[60 * k - 900 for k in range(16)])
 
 
+def many_classes(folder: Path) -> Bundle:
+    """Logits of more than the budget, had they been held whole."""
+    spec = make_spec(values=range(90), patch=(16, 64, 64), target=SpacingTarget(spacing=(2.0, 1.7, 1.7)))
+    return make_bundle(folder / "model", spec, centres=[20 * k - 900 for k in range(90)])
+
+
 def by_class(folder: Path) -> Bundle:
     spec = make_spec(
         values=(0, 1), patch=(32, 64, 64), target=SPEC.target, transpose=(1, 0, 2), resample_logits=Resampling(order=3, order_z=3)
@@ -121,6 +139,7 @@ def by_class(folder: Path) -> Bundle:
         (cleaned, ("--step", "1")),
         (cleaned, ("--step", "1", "--accumulate", "float16")),
         (cascade, ("--save-probabilities",)),
+        (many_classes, ("--step", "1")),
     ],
 )
 def test_a_run_stays_under_the_estimate_it_prints(tmp_path: Path, make: object, flags: tuple[str, ...]) -> None:
@@ -136,3 +155,48 @@ def test_a_run_stays_under_the_estimate_it_prints(tmp_path: Path, make: object, 
     promised = float(printed[1]) * 1e9
     taken = json.loads((tmp_path / "out" / "predictions.json").read_text())["peak_bytes"]
     assert taken <= promised <= 4 * taken
+
+
+CT_LARGE = Grid((600, 512, 512), (1.0, 0.8, 0.8))
+ORGANS_117 = make_spec(values=range(117), patch=(128, 128, 128), target=SpacingTarget(spacing=(1.0, 0.8, 0.8)))
+
+
+def test_117_classes_on_a_large_ct_fit_a_gpu_of_24_gb_slab_by_slab() -> None:
+    plan = plan_device(ORGANS_117, CT_LARGE, 2, free=24 * 10**9, batch=1, engine=3 * 10**9)
+    whole = 4 * 117 * 600 * 512 * 512
+    logits = dict(plan.stages["network"])["logits"]
+    assert whole > 70e9
+    assert plan.starts_per_slab == 1
+    assert logits == 4 * 117 * 129 * 512 * 512
+    assert plan.peak < 0.92 * 24e9
+
+
+def test_logits_stay_whole_where_the_gpu_is_large_enough() -> None:
+    assert plan_device(ORGANS_117, CT_LARGE, 2, free=140 * 10**9).starts_per_slab is None
+
+
+def test_probabilities_ask_for_whole_logits() -> None:
+    with pytest.raises(BackendError, match="probabilities"):
+        plan_device(ORGANS_117, CT_LARGE, 2, free=24 * 10**9, probabilities=True)
+
+
+def test_what_does_not_fit_a_gpu_is_a_sentence_with_its_parts() -> None:
+    with pytest.raises(BackendError, match=r"600 x 512 x 512 voxels needs .* GB .*logits 15\.83.* 7\.36 GB can be had"):
+        plan_device(ORGANS_117, CT_LARGE, 2, free=8 * 10**9)
+
+
+def test_a_2d_models_slab_fills_the_engines_batch() -> None:
+    spec = make_spec(patch=(1, 32, 32))
+    assert starts_per_slab(spec, (50, 32, 48), 0, batch=8) == 4  # two windows a slice
+    assert starts_per_slab(spec, (3, 32, 48), 0, batch=8) is None
+
+
+@pytest.mark.parametrize("starts", [1, 2, 3])
+@pytest.mark.parametrize("depth", [33, 64, 100])
+def test_the_bytes_of_slabs_are_those_the_aggregator_takes(starts: int, depth: int) -> None:
+    spec = make_spec(values=range(5), patch=(16, 8, 8))
+    plan = plan_windows((depth, 20, 8), spec.inference)
+    slabs = plan_slabs(plan, starts)
+    taken = Aggregator(5, plan, "uniform", slabs=slabs, like=np.empty(0)).logits.nbytes
+    planned = logits_bytes(spec, (depth, 20, 8), starts)
+    assert taken <= planned <= taken + 4 * 5 * 4 * 20 * 8

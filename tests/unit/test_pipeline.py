@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from factories import CountingEngine, banded, make_spec, nearest, write_case
 
 from segrt import Predictor, __version__, predict_many
 from segrt.bundle import Bundle
+from segrt.engines.function import FunctionEngine
 from segrt.errors import InputError
 from segrt.io import Case, find_cases, read_labels
 from segrt.pipeline import CaseResult
@@ -264,3 +266,36 @@ def test_first_stage_labels_for_a_model_that_takes_none(cases: list[Case], predi
     with pytest.raises(InputError, match="not the second stage of a cascade; leave out"):
         predict_many(cases, tmp_path / "out", predictor, previous=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_several_predictors_share_the_cases(cases: list[Case], tmp_path: Path) -> None:
+    """Each on its own thread; both have to be at work at once, or the barrier breaks."""
+    together = threading.Barrier(2, timeout=60)
+    calls: dict[int, int] = {0: 0, 1: 0}
+
+    def network(number: int) -> FunctionEngine:
+        def run(patches: np.ndarray) -> np.ndarray:
+            if not calls[number]:
+                together.wait()
+            calls[number] += 1
+            return nearest((0, 1, 2))(patches)
+
+        return FunctionEngine(run)
+
+    predictors = [Predictor(Bundle(tmp_path / "model", make_spec()), engines=[network(k)]) for k in range(2)]
+    seen: list[str] = []
+    results = predict_many(cases, tmp_path / "out", predictors, done=lambda result: seen.append(result.name))
+    assert [r.name for r in results] == [c.name for c in cases]
+    assert {r.status for r in results} == {"done"}
+    assert sorted(seen) == [c.name for c in cases]
+    assert [c["name"] for c in record(tmp_path / "out")["cases"]] == [c.name for c in cases]
+    alone = predict_many(cases, tmp_path / "alone", predictors[0])
+    for one, other in zip(results, alone, strict=True):
+        assert np.array_equal(read_labels(tmp_path / "out" / one.output)[0], read_labels(tmp_path / "alone" / other.output)[0])
+
+
+def test_a_case_that_fails_on_one_of_several_predictors_stops_no_other(cases: list[Case], tmp_path: Path) -> None:
+    cases[0].files[0].write_bytes(b"no image")
+    predictors = [Predictor(Bundle(tmp_path / "model", make_spec()), engines=[CountingEngine(nearest((0, 1, 2)))]) for _ in range(2)]
+    results = predict_many(cases, tmp_path / "out", predictors)
+    assert [r.status for r in results] == ["failed", *["done"] * (len(cases) - 1)]
