@@ -31,6 +31,8 @@ from ...errors import BackendError, InputError
 # untyped, and the simulator takes the real module's place
 cuda: Any = import_module("numba.cuda")
 config: Any = numba.config
+# small images make small grids, and nobody who segments one can do anything about it
+config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
 Target = Literal["cuda", "loop"]
 
