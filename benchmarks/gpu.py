@@ -1,0 +1,152 @@
+"""Everything that only a GPU can tell, in one command and under nine minutes: kernels, engines, the whole case, repeats, memory checks.
+
+    PYTHONUNBUFFERED=1 python benchmarks/gpu.py           # results/gpu_<device>.json, a short table last
+    python benchmarks/gpu.py --toy                        # the same lines on the simulated device at tiny sizes; nothing is written
+    python benchmarks/gpu.py --only kernels,case
+
+Needs torch for CUDA, CuPy, Numba with numba-cuda, scipy and scikit-image; onnxruntime-gpu, TensorRT and compute-sanitizer where they are
+installed. Every stage runs in a process of its own: what a bad kernel does to its CUDA context ends with it, the job is recorded as failed
+and the next one starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _gpu_report import summary
+from _gpu_setting import Setting, Skip
+from _timer import environment, write_results
+
+from segrt.device import compute_on, open_stream
+from segrt.engines import resolve_device
+
+# stage -> (module:jobs, seconds it may take)
+STAGES = {
+    "machine": ("_gpu_machine:JOBS", 45),
+    "kernels": ("_gpu_kernels:JOBS", 130),
+    "case": ("_gpu_case:JOBS", 250),
+    "engines": ("_gpu_engines:JOBS", 130),
+    "repeats": ("_gpu_case:REPEATS", 45),
+    "sanitizer": ("_gpu_kernels:CHECKS", 90),
+}
+TOTAL_S = 525
+SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="tiny sizes on the simulated device, nothing written")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--only", default=",".join(STAGES), help="comma list of stages")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--without", default="[]", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = "simulated" if args.toy else resolve_device(args.device)
+    if args.worker:
+        work(args.worker, Setting(device, args.toy, args.work), set(json.loads(args.without)))
+        return
+    unknown = set(args.only.split(",")) - set(STAGES)
+    if unknown:
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    started = time.monotonic()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="segrt-gpu-") as folder:
+        for stage in args.only.split(","):
+            limit = min(STAGES[stage][1], TOTAL_S - (time.monotonic() - started))
+            begun = time.monotonic()
+            results[stage] = run_stage(stage, args, Path(folder), limit)
+            results[stage]["stage_seconds"] = round(time.monotonic() - begun, 1)
+            print(f"{stage}: {results[stage]['stage_seconds']} s", flush=True)
+            keep(results, toy=args.toy)
+    print(summary(results))
+
+
+def keep(results: dict[str, Any], *, toy: bool) -> None:
+    """Write what there is; after every stage, so that a run that is cut short leaves something."""
+    identity = results.get("machine", {}).get("identity", {})
+    slug = re.sub(r"[^a-z0-9]+", "-", str(identity.get("name", "unknown")).lower()).strip("-")
+    write_results(f"gpu_{slug}", {**environment(), "summary": summary(results).splitlines(), **results}, toy=toy)
+
+
+# ------------------------------------------------------------------ the process that starts the others
+def run_stage(stage: str, args: argparse.Namespace, folder: Path, limit: float) -> dict[str, Any]:
+    """Run a stage's jobs; each that ends its process is recorded as failed, and the rest goes on in a new one."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", stage, "--work", str(folder), "--device", args.device]
+    command += ["--toy"] if args.toy else []
+    found: dict[str, Any] = {}
+    if stage == "sanitizer":
+        if shutil.which(SANITIZER[0]) is None and not args.toy:
+            return {"skipped": f"{SANITIZER[0]} is not on the PATH"}
+        command = command if args.toy else [*SANITIZER, *command]
+    deadline = time.monotonic() + limit
+    while True:
+        code, errors = run_worker([*command, "--without", json.dumps(list(found))], deadline - time.monotonic(), folder / "errors")
+        found |= read_log(folder / f"{stage}.jsonl")
+        running = next((name for name, result in found.items() if result == {"state": "started"}), None)
+        if code == 0:
+            return found
+        late = code is None
+        reason = f"the {limit:.0f} s of the stage were over" if late else f"exit code {code}: {errors[-1500:]}"
+        if late or running is None:
+            # not in a job: the process did not start, or what it ran on complained at its end
+            return found | {"incomplete": reason} | ({running: {"failed": reason}} if running else {})
+        found[running] = {"failed": reason}
+
+
+def run_worker(command: list[str], limit: float, errors: Path) -> tuple[int | None, str]:
+    """(exit code, what it wrote to stderr); no exit code when it had to be stopped."""
+    with errors.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        try:
+            code: int | None = process.wait(max(limit, 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own group: compilers it started end with it
+            process.wait()
+            code = None
+    return code, errors.read_text(errors="replace")
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """The last state of every job that a worker wrote down."""
+    found = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        entry = json.loads(line)
+        found[entry.pop("job")] = entry.get("result", entry)
+    return found
+
+
+# ------------------------------------------------------------------ a process that measures
+def work(stage: str, setting: Setting, without: set[str]) -> None:
+    """Run the jobs of a stage in the stream that everything is timed in, and write each result down at once."""
+    module, name = STAGES[stage][0].split(":")
+    jobs = getattr(importlib.import_module(module), name)
+    with (setting.work / f"{stage}.jsonl").open("a", buffering=1) as log, compute_on(setting.device, open_stream(setting.device)):
+        for job, function in jobs.items():
+            if job in without:
+                continue
+            log.write(json.dumps({"job": job, "state": "started"}) + "\n")
+            try:
+                result = function(setting)
+            except Skip as reason:
+                result = {"skipped": str(reason)}
+            log.write(json.dumps({"job": job, "result": result}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
