@@ -97,7 +97,7 @@ def run_stage(stage: str, args: argparse.Namespace, folder: Path, limit: float) 
     deadline = time.monotonic() + limit
     while True:
         code, errors = run_worker([*command, "--without", json.dumps(list(found))], deadline - time.monotonic(), folder / "errors")
-        found |= read_log(folder / f"{stage}.jsonl")
+        found = read_log(folder / f"{stage}.jsonl") | found  # what a job left of itself does not undo that it failed
         running = next((name for name, result in found.items() if result == {"state": "started"}), None)
         if code == 0:
             return found
