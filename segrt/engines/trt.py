@@ -40,7 +40,7 @@ class TensorRTEngine:
         self._trt, self._log = trt, trt_api.make_logger(trt)
         with use_device(self.device):
             # TensorRT keeps a pointer to the logger, and the engine one to the runtime: both live as long as this object
-            self._runtime, self._engine = _deserialize(trt, self._log, plan, compatible)
+            self._runtime, self._engine = deserialize(trt, self._log, plan, compatible)
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
             self._before, self._after = (self._cupy.cuda.Event(disable_timing=True) for _ in range(2))
         names = [self._engine.get_tensor_name(n) for n in range(self._engine.num_io_tensors)]
@@ -194,8 +194,8 @@ def this_machine(device: str) -> Machine:
     )
 
 
-def _deserialize(trt: Any, log: Any, plan: bytes, compatible: bool) -> tuple[Any, Any]:
-    """(runtime, engine) of a plan."""
+def deserialize(trt: Any, log: Any, plan: bytes, compatible: bool) -> tuple[Any, Any]:
+    """(runtime, engine) of a plan; a BackendError holds what TensorRT says when it refuses."""
     try:
         runtime = trt.Runtime(log)
     except (TypeError, RuntimeError) as err:  # what the binding makes of a null pointer

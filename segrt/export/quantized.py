@@ -37,6 +37,9 @@ def quantized_onnx(source: Path, windows: FloatArray) -> bytes:
     """
     quantization = require("onnxruntime.quantization", extra="ort")
     model = _named(source)
+    window = tuple(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim)[1:]
+    if windows.shape[1:] != window or not len(windows):
+        raise BuildError(f"{source}: expected windows (n, {', '.join(map(str, window))}), got {windows.shape}")
     chosen = [node.name for node in model.graph.node if node.op_type == "Conv" and _is_inner(model.graph, node)]
     if not chosen:
         raise BuildError(f"{source}: has no convolution between its first and its last one that could be quantised; use another precision")
@@ -82,27 +85,45 @@ def _named(source: Path) -> Any:
 
 
 def _finished(content: bytes) -> bytes:
-    """Drop the quantiser's marks, and weights too small for a scale in float16 (below 8e-6): their scale would become zero there."""
+    """Correct what the quantiser leaves and drop its marks."""
     onnx = require("onnx", extra="export")
     model = onnx.load_model_from_string(content)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        scale = onnx.numpy_helper.to_array(tensors[node.input[1]])
-        tiny = scale < _LEAST_SCALE
-        if not tiny.any():
-            continue
-        if node.input[0] in tensors:
-            values = onnx.numpy_helper.to_array(tensors[node.input[0]]).copy()
-            values[tiny] = 0
-            tensors[node.input[0]].CopyFrom(onnx.numpy_helper.from_array(values, node.input[0]))
-        tensors[node.input[1]].CopyFrom(onnx.numpy_helper.from_array(np.maximum(scale, _LEAST_SCALE), node.input[1]))
+    _give_float_back(model.graph)
+    _drop_vanishing_weights(onnx.numpy_helper, model.graph)
     known = {prop.key: prop.value for prop in model.metadata_props if not prop.key.startswith("onnx.")}
     onnx.helper.set_model_props(model, known | {"precision": "int8"})
     model.producer_name, model.producer_version = "segrt", __version__
     finished: bytes = model.SerializeToString(deterministic=True)
     return finished
+
+
+def _give_float_back(graph: Any) -> None:
+    """Let all but convolutions read the values that were not rounded: the quantiser has every reader of a tensor read the rounded one."""
+    maker = {name: node for node in graph.node for name in node.output}
+    exact = {}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in maker:
+            exact[node.output[0]] = maker[node.input[0]].input[0]
+    for node in graph.node:
+        if node.op_type != "Conv":
+            node.input[:] = [exact.get(name, name) for name in node.input]
+
+
+def _drop_vanishing_weights(numpy_helper: Any, graph: Any) -> None:
+    """Set weights below 8e-6 to zero where they are all a channel has: their scale would become zero in float16."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        scale = numpy_helper.to_array(tensors[node.input[1]])
+        vanishing = scale < _LEAST_SCALE
+        if not vanishing.any():
+            continue
+        if node.input[0] in tensors:
+            values = numpy_helper.to_array(tensors[node.input[0]]).copy()
+            values[vanishing] = 0
+            tensors[node.input[0]].CopyFrom(numpy_helper.from_array(values, node.input[0]))
+        tensors[node.input[1]].CopyFrom(numpy_helper.from_array(np.maximum(scale, _LEAST_SCALE), node.input[1]))
 
 
 def _is_inner(graph: Any, node: Any) -> bool:

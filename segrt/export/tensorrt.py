@@ -90,7 +90,7 @@ def build_plan(model: bytes, precision: Precision, options: TensorRTOptions) -> 
     except (TypeError, RuntimeError) as err:  # what the binding makes of a null pointer
         raise BuildError(f"TensorRT cannot start its builder here: {trt_api.last_errors(log)}") from err
     network = builder.create_network(trt_api.network_flags(trt))
-    _parse(trt, network, log, model)
+    parse(trt, network, log, model)
     config = builder.create_builder_config()
     _configure(trt, config, options)
     trt_api.set_weak_precision(trt, config, network, precision)
@@ -104,11 +104,16 @@ def build_plan(model: bytes, precision: Precision, options: TensorRTOptions) -> 
     return bytes(plan)
 
 
-def _parse(trt: Any, network: Any, log: Any, model: bytes) -> None:
+def parse(trt: Any, network: Any, log: Any, model: bytes) -> None:
+    """Fill a TensorRT network from ONNX content; a BuildError holds all that the parser complained of."""
     parser = trt.OnnxParser(network, log)
     trt_api.keep_native_norms(trt, parser)
     if not parser.parse(model):
         raise BuildError(f"TensorRT does not accept the network: {trt_api.parser_errors(parser)}")
+    if (network.num_inputs, network.num_outputs) != (1, 1):
+        raise BuildError(
+            f"TensorRT found {network.num_inputs} inputs and {network.num_outputs} outputs in the network, expected one of each"
+        )
 
 
 def _configure(trt: Any, config: Any, options: TensorRTOptions) -> None:

@@ -8,21 +8,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-import torch
-from factories import UNET_2D, UNET_3D, make_spec
+from factories import UNET_2D, UNET_3D
 from onnx import TensorProto, helper, numpy_helper
+from typed_models import as_stored, held_against, node_types, random_bundle, run, windows_of
 
-from segrt.arrays import Array, FloatArray
+from segrt.arrays import Array
 from segrt.bundle import Bundle
 from segrt.errors import BuildError
 from segrt.export.importers import import_nnunet
 from segrt.export.onnx import export_onnx
 from segrt.export.typed import typed_onnx
-from segrt.export.verify import compare, sample_windows
-from segrt.networks import build
-from segrt.spec import UNetSpec
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "bundle"
@@ -37,80 +33,9 @@ NETWORKS = {
 }
 
 
-def random_bundle(folder: Path, network: UNetSpec) -> Bundle:
-    spec = make_spec(patch=(8, 16, 16) if network.dimensions == 3 else (1, 32, 32), network=network)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        bundle = Bundle.create(folder, spec, weights={"0": build(network).state_dict()})
-    export_onnx(bundle)
-    return bundle
-
-
 @pytest.fixture(scope="module", params=list(NETWORKS))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return random_bundle(tmp_path_factory.mktemp("typed") / "bundle", NETWORKS[request.param])
-
-
-def element_types(model: Any) -> dict[str, int]:
-    """Value -> element type, by ONNX's own inference."""
-    graph = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
-    known = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    return known | {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
-
-
-def node_types(model: Any) -> list[tuple[str, set[int]]]:
-    """(operator, the floating types among its inputs and outputs) of every node."""
-    kinds, floats = element_types(model), {FLOAT, HALF, BF16}
-    return [(n.op_type, {kinds[name] for name in (*n.input, *n.output) if name and kinds[name] in floats}) for n in model.graph.node]
-
-
-def as_stored(content: bytes, half: int) -> bytes:
-    """A float32 model that rounds wherever the typed one stores 16 bits: what a GPU computes, with sums in float32.
-
-    ONNX Runtime computes 16-bit nodes of a CPU in float32 and leaves roundings between them out.
-    """
-    model = onnx.load_model_from_string(content)
-    kinds, graph, nodes = element_types(model), model.graph, []
-    for tensor in graph.initializer:
-        if tensor.data_type == half:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    for value in (*graph.input, *graph.output):
-        value.type.tensor_type.elem_type = FLOAT
-    for node in graph.node:
-        if node.op_type == "Cast":
-            node = helper.make_node("Identity", node.input, node.output)
-        nodes.append(node)
-        for i, name in enumerate(node.output):
-            if kinds[name] == half:
-                node.output[i] = f"{name}/full"
-                nodes.append(helper.make_node("Cast", [f"{name}/full"], [f"{name}/half"], to=half))
-                nodes.append(helper.make_node("Cast", [f"{name}/half"], [name], to=FLOAT))
-    del graph.node[:]
-    graph.node.extend(nodes)
-    stored: bytes = model.SerializeToString()
-    return stored
-
-
-def run(content: bytes | Path, patches: Array) -> Array:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    model = content if isinstance(content, bytes) else str(content)
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: patch[None]})[0] for patch in patches])
-
-
-def windows_of(bundle: Bundle, image: Path | None = None) -> FloatArray:
-    windows = sample_windows(bundle.spec, image)
-    return windows if bundle.spec.dimensions == 3 else windows[:, :, 0]
-
-
-def held_against(bundle: Bundle, content: bytes, patches: FloatArray) -> dict[str, Any]:
-    """How a model's logits compare with those of the bundle's float32 file."""
-    pair = [run(model, patches).astype(np.float32) for model in (bundle.onnx_path("0"), content)]
-    if bundle.spec.dimensions == 2:
-        pair = [logits[:, :, None] for logits in pair]
-    return compare(*pair, bundle.spec)
 
 
 # ------------------------------------------------------------------ types
