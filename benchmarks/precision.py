@@ -32,6 +32,7 @@ from same_labels import SETS, bundle_of
 from segrt import Bundle, Predictor, Volume, predict_many
 from segrt.engines import open_engine
 from segrt.errors import BackendError, BuildError
+from segrt.export.build import export
 from segrt.export.engine import build_engine
 from segrt.export.onnx import export_onnx
 from segrt.io import find_cases, read_labels
@@ -74,6 +75,7 @@ def golden_set(root: Path, name: str, work: Path) -> dict[str, Any]:
     folder, configuration, expected, previous, _ = SETS[name]
     images = root / folder / "imagesTs"
     bundle = bundle_of(root, folder, configuration, work / "bundle")
+    export(bundle)  # a cascade's first stage too
     stage = root / folder / f"{previous}_notta" if previous else None
 
     def labels(precision: str) -> Maps:
