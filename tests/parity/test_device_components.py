@@ -78,18 +78,17 @@ def snake(shape):
 
 
 def spiral(size):
-    """A path that winds inwards, turning where the next voxel but one is taken."""
+    """A path of one voxel's width that winds inwards."""
     path = np.zeros((1, size, size), np.uint8)
-    y, x, dy, dx = 0, -1, 0, 1
-    taken = lambda i, j: not (0 <= i < size and 0 <= j < size) or path[0, i, j]  # noqa: E731
-    for _ in range(2 * size):
-        moved = False
-        while not taken(y + dy, x + dx) and not (0 <= y + 2 * dy < size and 0 <= x + 2 * dx < size and path[0, y + 2 * dy, x + 2 * dx]):
-            y, x, moved = y + dy, x + dx, True
+    path[0, 0, :] = path[0, :, -1] = path[0, -1, :] = 1
+    path[0, 2:, 0] = 1
+    y, x, dy, dx, length = 2, 0, 0, 1, size - 3
+    while length > 0:
+        for _ in range(length):
+            y, x = y + dy, x + dx
             path[0, y, x] = 1
-        if not moved:
-            break
         dy, dx = dx, -dy
+        length -= 2 if dx == 0 else 0
     return path
 
 
@@ -168,6 +167,16 @@ def test_noise(shape, density, values, dtype, seed):
     assert_equal_everywhere(noise(shape, density, seed, values, dtype), RULES)
 
 
+@given(shapes, st.floats(0.5, 0.95), st.integers(0, 999))
+def test_holes_in_dense_labels(shape, density, seed):
+    rng = np.random.default_rng(seed)
+    # mostly walls, and in what they enclose other labels as well as background
+    labels = np.where(rng.random(shape) < density, 1, rng.choice([0, 0, 0, 2], shape)).astype(np.uint8)
+    expected = expected_holes(labels, 1)
+    np.testing.assert_array_equal(to_host(fill_holes(to_device(labels, "simulated"), 1)), expected)
+    np.testing.assert_array_equal(fill_holes(labels, 1), expected)
+
+
 @given(shapes, st.integers(1, 6), st.integers(0, 99))
 def test_every_size_is_counted(shape, minimum, seed):
     labels = noise(shape, 0.35, seed, values=3)
@@ -222,6 +231,22 @@ def test_root_is_the_first_voxel_and_its_slot_holds_the_size(labels):
             expected[voxels[0] + 1] = len(voxels)
             assert parent[voxels[0] + 1] == voxels[0] + 1
     np.testing.assert_array_equal(sizes, expected)
+
+
+@pytest.mark.parametrize(("six", "neighbours"), [(0, np.ones((3, 3, 3))), (1, ndimage.generate_binary_structure(3, 1))])
+def test_components_inside_every_possible_block(six, neighbours):
+    part_of = plain(forest.part_of, lanes_of=plain(forest.lanes_of), lane_group=plain(forest.lane_group))
+    for bits in range(1, 256):
+        taken = np.array([bits >> lane & 1 for lane in range(8)])
+        components, _ = ndimage.label(taken.reshape(2, 2, 2), neighbours)
+        word = sum((200 << 8 * lane) * int(taken[lane]) for lane in range(8))
+        for lane in np.flatnonzero(taken):
+            same = components.ravel() == components.ravel()[lane]
+            assert part_of(word, int(lane), six) == sum(1 << int(other) for other in np.flatnonzero(same))
+
+
+def test_lanes_are_counted():
+    assert [plain(forest.count_lanes)(bits) for bits in range(256)] == [bits.bit_count() for bits in range(256)]
 
 
 # ------------------------------------------------------------------ passes
@@ -420,7 +445,7 @@ class Memory:
 
 def plain(function, **names):
     """The Python function of a scalar, with other functions under the names it calls."""
-    inner = function._functions["cuda"]
+    inner = function.functions["cuda"]
     return FunctionType(inner.__code__, {**inner.__globals__, **names})
 
 
@@ -441,3 +466,15 @@ def test_joins_that_interleave_in_any_way_with_old_reads_lose_nothing(nodes, thr
     final = [past[-1] for past in parent.past]
     roots = [plain(forest.top_of)(final, node) for node in range(nodes)]
     assert roots == [int(np.flatnonzero(row)[0]) for row in expected]
+
+
+# ------------------------------------------------------------------ the cache of compiled kernels
+def test_a_kernel_is_compiled_again_when_what_it_calls_has_changed():
+    def body(z, y, x, out):
+        out[z, y, x] = inner(x)  # noqa: F821
+
+    def kernel(inner):
+        return ThreadKernel(FunctionType(body.__code__, {"inner": launch.scalar(inner)}, "body"), float64=False)
+
+    names = [kernel(inner).source_function("loop").__qualname__ for inner in (lambda x: x + 1, lambda x: x + 1, lambda x: x + 2)]
+    assert names[0] == names[1] != names[2]

@@ -75,7 +75,6 @@ def _pack(labels: Any, groups: Array, six: int) -> tuple[Any, Any]:
     deep, high, wide = (-(-n // 2) for n in labels.shape)
     words = xp.empty((deep, high, wide), np.int64)
     parent = xp.empty(labels.size + 1, np.int32)
-    parent[:1] = 0  # the outside; of the rest, only nodes are written and read
     launch(pack_blocks, words.shape, labels, xp.asarray(groups), six, words, parent)
     return words, parent
 
@@ -93,6 +92,8 @@ def pack_blocks(z, y, x, labels, groups, six, words, parent):  # type: ignore[no
         if i < planes and j < rows and k < columns:
             word |= np.int64(groups[labels[i, j, k]]) << np.int64(8 * lane)
     words[z, y, x] = word
+    if z == 0 and y == 0 and x == 0:
+        parent[0] = 0
     left = 255 & ~lanes_of(word, 0)
     while left != 0:
         lane = first_lane(left)

@@ -19,6 +19,7 @@ from importlib import import_module
 from inspect import signature
 from types import FunctionType
 from typing import Any, Literal
+from zlib import crc32
 
 import numba
 import numpy as np
@@ -64,14 +65,14 @@ class Scalar:
     """A function of scalars (and arrays it indexes) that thread bodies call."""
 
     def __init__(self, function: Callable[..., Any], loop: Callable[..., Any] | None = None) -> None:
-        self._functions: dict[Target, Any] = {"cuda": function, "loop": loop or function}
+        self.functions: dict[Target, Any] = {"cuda": function, "loop": loop or function}
         self._compiled: dict[Target, Any] = {}
         self.__doc__ = function.__doc__
 
     def compiled(self, target: Target) -> Any:
         """The function for one compiler."""
         if target not in self._compiled:
-            function = _bound(self._functions[target], target)
+            function = _bound(self.functions[target], target)
             self._compiled[target] = cuda.jit(device=True)(function) if target == "cuda" else njit(boundscheck=True)(function)
         return self._compiled[target]
 
@@ -102,14 +103,19 @@ class ThreadKernel:
         return njit(self.source_function("loop"), cache=True, nogil=True, boundscheck=True)
 
     def source_function(self, target: Target) -> Any:
-        """The kernel as a Python function, with the file and line of the body so that Numba's cache finds and invalidates it."""
+        """The kernel as a Python function, with the file and line of the body so that Numba's cache finds and invalidates it.
+
+        That cache only looks at the body's own file; a checksum in the name stands for what it calls in others.
+        """
         source = _SOURCES[target].format(name=self.name, parameters=", ".join(self.parameters))
         code = compile("\n" * (self.body.__code__.co_firstlineno - 2) + source, self.body.__code__.co_filename, "exec")
         bound = _bound(self.body, target)
         body = cuda.jit(device=True)(bound) if target == "cuda" else njit(boundscheck=True)(bound)
         names: dict[str, Any] = {"cuda": cuda, "body": body, "__name__": self.body.__module__}
         exec(code, names)
-        return names[self.name if target == "cuda" else f"{self.name}_loop"]
+        function = names[self.name if target == "cuda" else f"{self.name}_loop"]
+        function.__qualname__ += f"_{crc32(_text_of(self.body).encode()):08x}"
+        return function
 
 
 def thread_kernel(*, float64: bool = False) -> Callable[[Callable[..., None]], ThreadKernel]:
@@ -124,6 +130,17 @@ def _bound(function: Callable[..., Any], target: Target) -> Any:
     bound = FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__)
     bound.__qualname__ = function.__qualname__
     return bound
+
+
+def _text_of(function: Callable[..., Any]) -> str:
+    """What a function compiles to depends on: its code, the scalars it calls, and their constants."""
+    assert isinstance(function, FunctionType)
+    used = sorted((k, v) for k, v in function.__globals__.items() if k in _names(function))
+    parts = [function.__code__.co_code.hex(), repr(function.__code__.co_consts)]
+    for name, value in used:
+        inner = value.functions.values() if isinstance(value, Scalar) else ()
+        parts += [name, *(_text_of(f) for f in inner)] if inner else [name, repr(value) if np.isscalar(value) else ""]
+    return "\n".join(parts)
 
 
 def _names(function: FunctionType) -> set[str]:
