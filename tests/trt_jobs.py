@@ -2,6 +2,7 @@
 
 python trt_jobs.py JOBS.json, a list of {"onnx": file, "precision": ..., "batch": n, ...}, or of {"bundle": folder, ...} with
 "windows": file.npy for int8. Every job answers with "bytes" and "seconds" of its plan and the layers TensorRT saw, or with "error".
+{"names": [...]} is answered with those that TensorRT's bindings lack.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ def layers(model: bytes) -> list[tuple[str, list[str]]]:
     return found
 
 
+def missing(names: list[str]) -> list[str]:
+    """Those of Class.attribute that the bindings do not have."""
+    return [name for name in names if not hasattr(getattr(trt_api.load(), name.split(".")[0]), name.split(".")[1])]
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
+    if "names" in job:
+        return {"missing": missing(job["names"])}
     cache = Path(job["cache"]) if "cache" in job else None
     options = TensorRTOptions(job.get("batch", 8), job.get("workspace", 0), job.get("compatible", False), cache)
     try:

@@ -56,7 +56,12 @@ class TensorRTEngine:
     def __call__(self, patches: Array) -> Array:
         """Run the network; see `Engine`."""
         with self._lock, use_device(self.device), smaller_batch_after_memory_error(self):
-            return in_batches(patches, self.batch, self._logits_shape[0], self._types[self._output], self._run)
+            try:
+                return in_batches(patches, self.batch, self._logits_shape[0], self._types[self._output], self._run)
+            except (MemoryError, RuntimeError):
+                # the buffers of a batch that was too much must not stand in the way of a smaller one
+                self._drop_lanes()
+                raise
 
     def _run(self, patches: Any, logits: Any) -> None:
         """Compute `logits` (n, K, Z, Y, X) of `patches` (n, C, Z, Y, X), both on the device."""
@@ -99,9 +104,12 @@ class TensorRTEngine:
     def close(self) -> None:
         """Wait for what still runs and release plan and memory."""
         with self._lock, use_device(self.device):
-            self._stream.synchronize()
-            self._lanes.clear()
+            self._drop_lanes()
             del self._engine, self._runtime
+
+    def _drop_lanes(self) -> None:
+        self._stream.synchronize()
+        self._lanes.clear()
 
 
 class _Lane:

@@ -62,8 +62,10 @@ def make_logger(trt: Any) -> Any:
 
 
 def last_errors(log: Any) -> str:
-    """What TensorRT reported, for the end of a sentence."""
-    return " | ".join(dict.fromkeys(log.errors[-3:])) or "TensorRT gives no reason"
+    """What TensorRT reported, for the end of a sentence; it is forgotten then."""
+    reported = " | ".join(dict.fromkeys(log.errors[-3:])) or "TensorRT gives no reason"
+    log.errors.clear()
+    return reported
 
 
 # ------------------------------------------------------------------ building

@@ -25,7 +25,7 @@ from ..engines.openvino import cpu_name, engine_key, open_blob, write_member
 from ..engines.trt import open_plan, this_machine
 from ..engines.trt_plan import engine_key as plan_key
 from ..engines.trt_plan import make_record
-from ..errors import BuildError
+from ..errors import BuildError, InputError
 from .calibrate import calibration_windows, quantize
 from .tensorrt import TensorRTOptions, build_plan, member_model
 from .verify import can_run_reference, sample_windows, verify
@@ -68,10 +68,16 @@ def build_engine(
         When an engine falls short of the reference and `force` is not set.
     BackendError
         When the backend cannot run here, or not in this precision.
+    InputError
+        When options of TensorRT are given for another backend.
     """
     # whoever names TensorRT means a GPU and is told when there is none
     device = resolve_device("cuda" if device == "auto" and backend == "tensorrt" else device)
     backend = _resolve_backend(backend, device)
+    if backend != "tensorrt" and tensorrt not in (None, TensorRTOptions()):
+        raise InputError(
+            f"{tensorrt} is for TensorRT and this engine is built by {backend}; leave these options out or name --backend tensorrt"
+        )
     chosen: Precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
     options: dict[str, Any] = {"calibration": calibration, "force": force, "tensorrt": tensorrt}
     if bundle.previous is not None:

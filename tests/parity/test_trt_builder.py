@@ -151,6 +151,19 @@ def test_a_plan_cannot_be_opened_without_a_driver_and_the_sentence_says_why(buil
     assert "driver" in answer["error"]
 
 
+def test_what_only_a_gpu_can_run_has_its_names(builder: Run) -> None:
+    names = {
+        "ICudaEngine": "create_execution_context device_memory_size_v2 num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype "
+        "get_tensor_shape get_tensor_profile_shape",
+        "IExecutionContext": "set_input_shape set_tensor_address set_device_memory update_device_memory_size_for_shapes execute_async_v3",
+        "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
+        "ExecutionContextAllocationStrategy": "USER_MANAGED",
+        "TensorIOMode": "INPUT",
+    }
+    (answer,) = builder({"names": [f"{owner}.{name}" for owner, listed in names.items() for name in listed.split()]})
+    assert answer["missing"] == []
+
+
 # ------------------------------------------------------------------ refusals
 def write_model(path: Path, nodes: list[Any], tensors: dict[str, Any]) -> Path:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2, 4, 4]) for name in ("x", "y")]

@@ -109,7 +109,8 @@ def test_other_onnx_files_lie_beside_the_engines_own(run: Run) -> None:
         (("nothing",), "nothing"),
         (("segrt_model", "--output", "elsewhere"), "built in place; leave out --output"),
         (("segrt_model", "-o", "elsewhere"), "built in place; leave out --output"),
-        (("--backend", "tensorrt"), "--backend: expected auto or"),
+        (("--backend", "cuda"), "--backend: expected auto or"),
+        (("--device", "gpu"), "device: expected cpu, cuda, cuda:N or simulated, got 'gpu'"),
         (("--head", "sigmoid"), "--head: expected logits or softmax or argmax"),
         (("--backend", "onnxruntime", "--fp16"), "serves fp32 only, not fp16"),
         (("--sample", "nothing.nii.gz"), "nothing.nii.gz"),
@@ -117,6 +118,24 @@ def test_other_onnx_files_lie_beside_the_engines_own(run: Run) -> None:
 )
 def test_what_cannot_be_built_is_one_sentence(run: Run, arguments: tuple[str, ...], sentence: str) -> None:
     assert sentence in refusal(run(*arguments))
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+@pytest.mark.parametrize("precision", ["--fp32", "--fp16", "--bf16", "--int8"])
+def test_tensorrt_without_a_gpu_is_one_sentence(run: Run, precision: str) -> None:
+    options = ("--batch", "8", "--workspace-gb", "4", "--compatible")
+    before = sorted(Path("segrt_model").rglob("*"))
+    for device in ((), ("--device", "cuda")):
+        assert "cuda is asked for and this machine has no GPU" in refusal(run("--backend", "tensorrt", *device, precision, *options))
+    assert "runs on an NVIDIA GPU, not on device cpu" in refusal(run("--backend", "tensorrt", "--device", "cpu", precision))
+    assert sorted(Path("segrt_model").rglob("*")) == before
+
+
+def test_options_of_tensorrt_are_for_tensorrt(run: Run) -> None:
+    sentence = refusal(run("--backend", "openvino", "--batch", "4", "--workspace-gb", "1.5", "--compatible"))
+    assert "batch=4, workspace_bytes=1500000000, compatible=True" in sentence
+    assert "this engine is built by openvino" in sentence
+    assert not Path("segrt_model/engines").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(run: Run) -> None:
