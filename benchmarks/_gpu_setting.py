@@ -66,7 +66,7 @@ class Setting:
 
     @cached_property
     def bundle(self) -> Bundle:
-        """The default-size network (31.2 M parameters as nnU-Net plans it) with random weights, made by the first stage that asks for it."""
+        """The default-size network (31.2 M parameters) with random weights, made by the first stage that asks for it."""
         path = self.work / "bundle"
         return Bundle.open(path) if (path / "model.json").is_file() else make_bundle(path, self.full.patch, toy=self.toy)
 
