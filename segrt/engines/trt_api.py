@@ -7,7 +7,7 @@
 | layers held in float32      | OBEY_PRECISION_CONSTRAINTS + precision | by the graph's types            | by the graph's types  |
 | bfloat16                    | no                                     | yes                             | yes                   |
 | newest opset that is safe   | 17                                     | the exporter's                  | the exporter's        |
-| InstanceNorm                | plugin; native by parser flag          | native                          | native                |
+| InstanceNorm                | plugin; from 8.6.1 native by a flag    | native                          | native                |
 | several contexts, 1 profile | PreviewFeature.PROFILE_SHARING_0806    | always                          | always                |
 | cuBLAS, cuDNN               | tactic sources, on                     | tactic sources, off             | gone                  |
 | context without memory      | ..._without_device_memory()            | strategy USER_MANAGED           | strategy USER_MANAGED |
@@ -44,7 +44,10 @@ def load() -> Any:
 
 
 def make_logger(trt: Any) -> Any:
-    """Make a TensorRT logger that hands messages to `logging`, TensorRT's INFO as DEBUG, and keeps the errors in `errors`."""
+    """Make a TensorRT logger that hands messages to `logging`, TensorRT's INFO as DEBUG, and keeps the errors in `errors`.
+
+    Builder, parser and runtime keep a pointer to it: it has to live as long as they do.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -58,7 +61,10 @@ def make_logger(trt: Any) -> Any:
             elif severity != trt.ILogger.VERBOSE:
                 logger.log(logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG, "TensorRT: %s", msg)
 
-    return Logger()
+    log = Logger()
+    if not is_strongly_typed(trt):
+        trt.init_libnvinfer_plugins(log, "")  # 8.6 normalises in a plugin, which a plan then needs as well
+    return log
 
 
 def last_errors(log: Any) -> str:
@@ -93,7 +99,8 @@ def parser_errors(parser: Any) -> str:
 
 def keep_native_norms(trt: Any, parser: Any) -> None:
     """Have InstanceNormalization parsed into TensorRT's own layer, whose precision can be set; no plugin library is needed then."""
-    parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
+    if hasattr(trt, "OnnxParserFlag"):
+        parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
 
 
 def set_weak_precision(trt: Any, config: Any, network: Any, precision: str) -> None:
