@@ -1,8 +1,8 @@
-"""Compile every kernel for one generation of GPUs, on a machine without any: python tests/compile_kernels.py 90
+"""Compile every kernel for one generation of GPUs, on a machine without any: python tests/compile_kernels.py 90 [brief]
 
 Public functions are called on simulated arrays as the pipeline calls them, and what they launch is compiled to PTX for the types it was
-launched with, and assembled where there is an assembler: `ptxas`, or nvJitLink from the CUDA packages. Prints one JSON object. Numba has to
-be without its simulator here, so this is a process of its own.
+launched with, and assembled where there is an assembler: `ptxas`, or nvJitLink from the CUDA packages. "brief" takes the first types of
+each kernel alone. Prints one JSON object. Numba has to be without its simulator here, so this is a process of its own.
 
 A new kernel needs a call in `STAGES` that reaches it, with the dtypes and layouts it meets in use.
 """
@@ -24,11 +24,17 @@ from typing import Any
 
 import numba
 import numpy as np
+from factories import make_spec, nearest_engine
 from numba.core import types
 
+from segrt.bundle import Bundle
 from segrt.device import Simulated, to_device
+from segrt.engines.compose import Hosted
 from segrt.kernels import _cuda, activation, argmax, bbox, blend, components, normalize, onehot, resample
 from segrt.kernels._cuda.launch import Launch, ThreadKernel, cuda, recording
+from segrt.predictor import Predictor
+from segrt.spec import Channel, DropSmall, FillHoles, KeepLargest, PreviousStage, Resampling, ShapeTarget, SpacingTarget, ZScoreNorm
+from segrt.volume import Grid, Volume
 
 RNG = np.random.default_rng(0)
 IMAGES = (np.int16, np.uint8, np.float32)  # what scanners and pictures are stored in; other dtypes become float32 where it matters
@@ -125,7 +131,29 @@ def cascade() -> None:
         resample.resize_labels_linear(marked, (6, 13, 7))
 
 
-STAGES: tuple[Callable[[], None], ...] = (boxes, clean_up, windows, label, probabilities, resampling, intensities, cascade)
+def whole_cases() -> None:
+    """From an image to its labels, for models that differ in what the stages do."""
+    steps = {"postprocess": (KeepLargest(values=(1,)), DropSmall(values=(2,), minimum_mm3=9.0), FillHoles(value=1))}
+    finer, apart = SpacingTarget(spacing=(2.0, 0.8, 1.2)), SpacingTarget(spacing=(5.0, 0.8, 0.8))
+    scored = {"channels": (Channel(name="T1", normalization=ZScoreNorm(masked=True)),)}
+    linear = {"resample_image": Resampling(method="linear"), "resample_logits": Resampling(method="linear")}
+    specs = [
+        make_spec(target=finer, transpose=(1, 0, 2), mirror_axes=(0, 2), **steps),
+        make_spec(target=apart, values=(0, 1, 300), **scored),
+        make_spec(target=finer, activation="sigmoid", previous=PreviousStage(values=(1, 2)), **linear),
+        make_spec(patch=(1, 8, 8), target=ShapeTarget(shape=(9, 8, 14)), transpose=(2, 1, 0), **scored),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (spec, dtype) in enumerate(product(specs, (np.int16, np.float32))):
+            array = np.pad(RNG.integers(0, 90, (1, 7, 10, 9)), ((0, 0), (0, 1), (2, 0), (1, 1))).astype(dtype)
+            engine = Hosted(nearest_engine(range(spec.classes)), "simulated")
+            volume = Volume(array, Grid(array.shape[1:], (3.0, 1.0, 1.0)))
+            stage = None if spec.previous is None else (array[0] % 3).astype(np.uint8)
+            with Predictor(Bundle.create(Path(folder) / str(number), spec), engines=[engine], previous_stage=False) as predictor:
+                predictor(volume, previous=stage, probabilities=number % 2 == 0)
+
+
+STAGES: tuple[Callable[[], None], ...] = (boxes, clean_up, windows, label, probabilities, resampling, intensities, cascade, whole_cases)
 
 
 # ------------------------------------------------------------------ what is compiled
@@ -158,11 +186,14 @@ def _type_of(argument: Any) -> Any:
     return types.Array(found.dtype, found.ndim, found.layout)  # arrays on a GPU are never read-only
 
 
-def compiled(stages: Sequence[Callable[[], None]], capability: tuple[int, int]) -> Iterator[dict[str, Any]]:
+def compiled(stages: Sequence[Callable[[], None]], capability: tuple[int, int], brief: bool) -> Iterator[dict[str, Any]]:
     # functions inside kernels ask for the device in use, and there is none
     importlib.import_module("numba.cuda.dispatcher").get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-    names = all_kernels()
+    names, seen = all_kernels(), set()
     for (key, kinds), one in launched(stages).items():
+        if brief and key in seen:
+            continue
+        seen.add(key)
         ptx, _ = cuda.compile_ptx(one.kernel.source_function("cuda"), (types.int32,) * 3 + kinds, cc=capability)
         version = re.search(r"^\.version (\S+)", ptx, re.MULTILINE)
         assert version, "no PTX"
@@ -213,6 +244,6 @@ def _link(ptx: str, arch: str) -> str:
 
 if __name__ == "__main__":
     digits = sys.argv[1]
-    forms = list(compiled(STAGES, (int(digits[:-1]), int(digits[-1]))))
+    forms = list(compiled(STAGES, (int(digits[:-1]), int(digits[-1])), brief=sys.argv[2:] == ["brief"]))
     missing = sorted(set(all_kernels().values()) - {form["kernel"] for form in forms})
-    print(json.dumps({"assembler": assembler(), "missing": missing, "forms": forms}))
+    print(json.dumps({"arch": f"sm_{digits}", "assembler": assembler(), "missing": missing, "forms": forms}))

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("numba_cuda", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
 
 SCRIPT = Path(__file__).parents[1] / "compile_kernels.py"
-GENERATIONS = {"80": "A100", "90": "H100, H200", "120": "RTX 50"}
+# A100; H100 and H200, for all types; RTX 50. Generations differ behind the types: there one of each kernel's is enough for every run
+GENERATIONS = {"80": ["brief"], "90": [], "120": ["brief"]}
 NEWEST_PTX = (9, 0)  # what a driver of CUDA 13.0 reads
 
 pytestmark = pytest.mark.slow
@@ -26,9 +27,9 @@ def reports():
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"} | {"PYTHONPATH": str(SCRIPT.parents[1])}
     running = {
         generation: subprocess.Popen(
-            [sys.executable, str(SCRIPT), generation], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [sys.executable, str(SCRIPT), generation, *how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
-        for generation in GENERATIONS
+        for generation, how in GENERATIONS.items()
     }
     found = {}
     for generation, process in running.items():
@@ -49,7 +50,7 @@ def of_form(form):
 
 def test_every_kernel_is_reached(report):
     assert report["missing"] == [], "add a call to STAGES in compile_kernels.py"
-    assert len(report["forms"]) > 40
+    assert len(report["forms"]) > 30
 
 
 def test_no_double_precision_where_single_is_meant(report):
@@ -74,4 +75,4 @@ def test_no_register_spills(report, capsys: pytest.CaptureFixture[str]):
     for form in report["forms"]:
         most[form["kernel"]] = max(most.get(form["kernel"], 0), form["registers"])
     with capsys.disabled():
-        print(f"\nregisters of a thread ({report['assembler']}): {', '.join(f'{k} {n}' for k, n in sorted(most.items()))}")
+        print(f"\nregisters of a thread, {report['arch']}: {', '.join(f'{k} {n}' for k, n in sorted(most.items()))}")
