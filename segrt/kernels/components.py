@@ -80,7 +80,7 @@ def fill_holes(labels: Array, value: int) -> Array:
     """
     if on_device(labels):
         result = _copy_on_device(labels)
-        if value <= np.iinfo(labels.dtype).max:
+        if 0 <= value <= np.iinfo(labels.dtype).max:
             from ._cuda import components as device
 
             device.fill_enclosed(result, value, value, walled=labels.shape[0] == 1)
