@@ -31,10 +31,9 @@ class TensorRTEngine:
     fixed addresses.
     """
 
-    def __init__(self, plan: bytes, *, device: str, precision: str, dimensions: int, compatible: bool = False) -> None:
+    def __init__(self, plan: bytes, *, device: str, precision: str, compatible: bool = False) -> None:
         trt, self._cupy = trt_api.load(), require("cupy", extra="gpu")
         self.device = f"cuda:{device_number(device)}"
-        self._dimensions = dimensions
         self._lock = threading.Lock()
         self._lanes: dict[int, _Lane] = {}
         self._trt, self._log = trt, trt_api.make_logger(trt)
@@ -160,12 +159,12 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
     """Open the plan built for this machine; `threads` has no meaning on a GPU. Errors as `find_plan`."""
     file, record = find_plan(bundle, member, precision, this_machine(device))
     compatible = record.get("compatible") is True
-    engine = open_plan(file, device=device, precision=precision, dimensions=bundle.spec.dimensions, compatible=compatible)
+    engine = open_plan(file, device=device, precision=precision, compatible=compatible)
     check_window(bundle, file, engine.window)
     return engine
 
 
-def open_plan(file: Path, *, device: str, precision: str, dimensions: int, compatible: bool = False) -> TensorRTEngine:
+def open_plan(file: Path, *, device: str, precision: str, compatible: bool = False) -> TensorRTEngine:
     """Open a plan as it is; `open_member` checks first that it belongs to its bundle and machine.
 
     Raises
@@ -176,7 +175,7 @@ def open_plan(file: Path, *, device: str, precision: str, dimensions: int, compa
         When the GPU's memory does not suffice.
     """
     try:
-        return TensorRTEngine(file.read_bytes(), device=device, precision=precision, dimensions=dimensions, compatible=compatible)
+        return TensorRTEngine(file.read_bytes(), device=device, precision=precision, compatible=compatible)
     except BackendError as err:
         raise BackendError(f"{file}: {err}") from err
 

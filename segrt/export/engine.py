@@ -162,8 +162,7 @@ def _build_tensorrt(request: _Request, device: str, tensorrt: TensorRTOptions) -
         return {"onnx_sha256": sha256(bundle.onnx_path(member)), "sha256": sha256(plan)}
 
     def opened(member: str, folder: Path) -> Engine:
-        dimensions, compatible = bundle.spec.dimensions, options.compatible
-        return open_plan(folder / f"{member}.plan", device=device, precision=precision, dimensions=dimensions, compatible=compatible)
+        return open_plan(folder / f"{member}.plan", device=device, precision=precision, compatible=options.compatible)
 
     def described(records: dict[str, dict[str, Any]], verified: bool) -> dict[str, Any]:
         return make_record(machine, precision, options.batch, records, compatible=options.compatible, verified=verified)

@@ -1,22 +1,27 @@
-"""TensorRT without a GPU: which plan of a bundle fits a machine, what is refused, and that the names we call exist."""
+"""TensorRT: which plan of a bundle fits a machine, what is refused, that the names we call exist; and, where there is a GPU, its logits."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from factories import make_bundle, make_spec
+from factories import make_bundle, make_spec, unet_bundle
 
 from segrt.bundle import Bundle, sha256
+from segrt.device import compute_on, open_stream, to_device, to_host, use_device
 from segrt.engines import open_engine
 from segrt.engines.compiled import check_window
 from segrt.engines.trt import this_machine
 from segrt.engines.trt_plan import Machine, engine_key, find_plan, make_record, mismatch
 from segrt.errors import BackendError
 from segrt.export.engine import build_engine
+from segrt.export.tensorrt import TensorRTOptions
 
 H200 = Machine(gpu="NVIDIA H200", capability="9.0", driver="13.0", tensorrt="11.4.0.106")
 A100 = replace(H200, gpu="NVIDIA A100-SXM4-80GB", capability="8.0")
@@ -194,3 +199,49 @@ def test_cupy_has_what_the_engine_calls() -> None:
         cuda: ("get_current_stream",),
     }.items():
         assert [name for name in names if not hasattr(owner, name)] == []
+
+
+# ------------------------------------------------------------------ on a GPU
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    if not Path("/dev/nvidia0").exists():
+        pytest.skip("needs an NVIDIA GPU")
+    pytest.importorskip("tensorrt", reason="needs TensorRT", exc_type=ImportError)
+    made = unet_bundle(tmp_path_factory.mktemp("gpu") / "unet")
+    for precision in ("fp32", "fp16", "int8"):
+        # a random network's classes are nearly tied
+        build_engine(made, backend="tensorrt", device="cuda", precision=precision, force=True, tensorrt=TensorRTOptions(batch=4))
+    return made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-4), ("fp16", 5e-3), ("int8", 0.2)])
+def test_a_gpu_gives_the_logits_of_the_cpu(built: Bundle, precision: Any, error: float) -> None:
+    patches = np.random.default_rng(0).normal(size=(11, 1, 8, 8, 8)).astype(np.float32)
+    with closing(open_engine(built, "0", backend="onnxruntime", precision="fp32")) as reference:
+        expected = reference(patches)
+    with closing(open_engine(built, "0", backend="tensorrt", device="cuda", precision=precision)) as engine, use_device(engine.device):
+        assert (engine.batch, engine.device) == (4, "cuda:0")
+        device_patches = to_device(patches, engine.device)
+        found = to_host(engine(device_patches)).astype(np.float32)
+        assert np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean()) < error
+        # the first batch ran plainly, all later ones as a CUDA graph
+        for count in (11, 1, 4, 5):
+            assert np.array_equal(to_host(engine(device_patches[:count])).astype(np.float32), found[:count])
+
+
+@pytest.mark.gpu
+def test_threads_take_turns(built: Bundle) -> None:
+    rng = np.random.default_rng(1)
+    inputs = [rng.normal(size=(6, 1, 8, 8, 8)).astype(np.float32) for _ in range(4)]
+    with closing(open_engine(built, "0", backend="tensorrt", device="cuda", precision="fp16")) as engine:
+
+        def run(patches: Any) -> Any:
+            stream = open_stream(engine.device)
+            with compute_on(engine.device, stream):
+                return to_host(engine(to_device(patches, engine.device)))
+
+        expected = [run(patches) for patches in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            for found, wanted in zip(pool.map(run, inputs * 5), expected * 5, strict=True):
+                assert np.array_equal(found, wanted)
