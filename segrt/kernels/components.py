@@ -78,14 +78,14 @@ def fill_holes(labels: Array, value: int) -> Array:
     A hole is what no path of face neighbours outside `value` joins to the border of the image; in a single slice (Z = 1) the path runs
     within the slice. See `keep_largest` for the parameters and the errors.
     """
-    if on_device(labels):
-        result = _copy_on_device(labels)
-        if 0 <= value <= np.iinfo(labels.dtype).max:
-            from ._cuda import components as device
-
-            device.fill_enclosed(result, value, value, walled=labels.shape[0] == 1)
+    result = _copy_on_device(labels) if on_device(labels) else labels.copy()
+    if not 0 <= value <= np.iinfo(labels.dtype).max:
         return result
-    result = labels.copy()
+    if on_device(labels):
+        from ._cuda import components as device
+
+        device.fill_enclosed(result, value, value, walled=labels.shape[0] == 1)
+        return result
     mask = labels == value
     if labels.shape[0] == 1:
         # walled in above and below, so that only paths within the slice count
