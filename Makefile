@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 VENV := .venv
 RIVAL := .venv-rival
 BIN := $(VENV)/bin
-EXTRAS := export,train,ort,cuda,int8,dicom,report,bench,test
+EXTRAS := export,train,ort,cuda,trtcheck,int8,dicom,report,bench,test
 
 .PHONY: install demo test coverage bench rival lint types clean
 .DELETE_ON_ERROR:
@@ -39,7 +39,7 @@ coverage: install
 	$(BIN)/python -m pytest --cov=segrt --cov-report=term-missing:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
 
 bench: install rival
-	@set -e; for name in kernels files engine; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	@set -e; for name in kernels files engine precision; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/same_labels.py
 	$(BIN)/python benchmarks/whole_job.py --rival $(RIVAL)/bin

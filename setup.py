@@ -44,6 +44,8 @@ EXTRAS = {
     "cuda": [*CUDA],
     # the -libs packages of TensorRT come from NVIDIA's own index, so it stays apart from gpu.
     "trt": ["tensorrt-cu13>=11.4,<12"],
+    # a TensorRT parser and builder that need no GPU (tests/parity/test_trt_builder.py): checks the graphs, makes no engine that runs
+    "trtcheck": ["tensorrt-cu13-bindings==11.4.*", "onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.*"],
     "triton": ["tritonclient[http,grpc]>=2.73,<3"],
     "dicom": ["pydicom>=3.0,<4", "highdicom>=0.26"],
     "int8": ["nncf>=3.0,<4"],
