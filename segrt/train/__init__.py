@@ -1,0 +1,1 @@
+"""TRAIN: from a dataset folder to a bundle; needs torch (extra `train`)."""

@@ -1,0 +1,173 @@
+"""`TrainConfig`: every hyper-parameter of a training, once; stored beside the checkpoints and in the bundle's reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ..errors import SpecError
+from ..spec import Part, Size
+
+Model = Literal["nnunet", "vnet"]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# what may differ between the run that wrote a checkpoint and the one that goes on from it: none of these changes a weight
+FREE = frozenset({"schema_version", "folds", "split", "workers", "keep", "save_interval", "log_interval", "weights", "profile", "device"})
+
+
+class TrainConfig(Part):
+    """How a model is trained. Lengths are in iterations; `epoch` is what nnU-Net calls one (250 iterations).
+
+    Attributes
+    ----------
+    model, planner, configuration : what is trained; planner and configuration are nnU-Net's names ("3d_fullres", "resenc_m", ...)
+    folds : "0" .. "4" of `split`, or "all" to train on every case
+    split : "kfold" (nnU-Net's five), "shuffled:0.75" or "sorted:0.8" (one fold with that share in training), or the path of a JSON file
+    batch_size, patch, width : override the plan; width is a factor on the network's features
+    momentum, nesterov : of SGD
+    betas : of Adam and AdamW
+    weight_decay : L2 regularisation as the optimizer defines it (AdamW: decoupled); `l1` adds l1 * sum |w| to the gradient's loss
+    schedule : per iteration, or per epoch under `schedule_by_epoch` (nnU-Net). poly falls to `end_lr` over `decay_iterations` (None: the
+        whole training) by `power`; step multiplies by `gamma` every `step_iterations`; cosine falls to `end_lr`
+    loss : dice_ce (nnU-Net; Dice + BCE where the model has regions) or mixed (the article's CE + Dice)
+    oversampling : share of a batch whose patches are made to hold foreground
+    precision : of the forward pass; weights and optimizer stay float32
+    clip : largest norm of the gradient; None leaves it
+    accumulation : batches per optimizer step
+    validation_interval, validation_batches : how often, and on how many batches, the pseudo Dice is taken; 0 batches for never
+    weights : which checkpoint becomes the member: the last, or the best by the moving average of the pseudo Dice
+    profile : iterations (first, last) that torch's profiler records
+    """
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    model: Model = "nnunet"
+    planner: Literal["default", "resenc_m", "resenc_l", "resenc_xl"] = "default"
+    configuration: str = "3d_fullres"
+    folds: tuple[str, ...] = Field(("0",), min_length=1)
+    split: str = "kfold"
+    iterations: Positive = 250_000
+    epoch: Positive = 250
+    batch_size: Positive | None = None
+    patch: tuple[Size, Size, Size] | None = None
+    width: float = Field(1.0, gt=0)
+    deep_supervision: bool = True
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(1e-2, gt=0)
+    momentum: float = Field(0.99, ge=0, lt=1)
+    nesterov: bool = True
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: float = Field(3e-5, ge=0)
+    l1: float = Field(0.0, ge=0)
+    schedule: Literal["poly", "constant", "step", "cosine"] = "poly"
+    schedule_by_epoch: bool = True
+    power: float = Field(0.9, gt=0)
+    end_lr: float = Field(0.0, ge=0)
+    decay_iterations: Positive | None = None
+    step_iterations: Positive = 10_000
+    gamma: float = Field(0.1, gt=0, le=1)
+    loss: Literal["dice_ce", "mixed"] = "dice_ce"
+    augmentation: Literal["nnunet", "article", "none"] = "nnunet"
+    oversampling: Fraction = 0.33
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    clip: float | None = Field(12.0, gt=0)
+    accumulation: Positive = 1
+    seed: int = Field(12345, ge=0)
+    workers: int = Field(2, ge=0)
+    validation_interval: Positive = 250
+    validation_batches: int = Field(50, ge=0)
+    save_interval: Positive = 2500
+    log_interval: Positive = 20
+    keep: Positive = 1
+    weights: Literal["last", "best"] = "last"
+    profile: tuple[int, int] | None = None
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.profile and not 0 <= self.profile[0] < self.profile[1]:
+            raise ValueError(f"profile: expected a first and a later last iteration, got {self.profile}")
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("momentum: nesterov needs more than 0")
+        if len(set(self.folds)) != len(self.folds):
+            raise ValueError(f"folds: expected no fold twice, got {self.folds}")
+        return self
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun by the end of the training."""
+        return -(-self.iterations // self.epoch)
+
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return self.model_dump_json(by_alias=True, indent=1) + "\n"
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[object, object]]:
+        """Fields that change the trained weights and differ: name -> (here, there)."""
+        fields = (name for name in type(self).model_fields if name not in FREE)
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in fields}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+# the article's V-Net (SEEDS 1.3); its decay over 15000 of 30000 iterations left the second half without learning, so ours covers all
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "nnunet": {},
+    "vnet": {
+        "configuration": "vnet",
+        "split": "shuffled:0.75",
+        "iterations": 30_000,
+        "batch_size": 6,
+        "deep_supervision": False,
+        "lr": 1e-3,
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 1e-4,
+        "schedule_by_epoch": False,
+        "loss": "mixed",
+        "augmentation": "article",
+        "oversampling": 0.0,
+        "clip": None,
+        "save_interval": 1000,
+    },
+}
+
+
+def make_config(model: Model = "nnunet", **changes: object) -> TrainConfig:
+    """Give the model's own recipe with `changes`; those that are None leave the default.
+
+    Raises
+    ------
+    SpecError
+        When a value is wrong; the sentence names the field.
+    """
+    chosen = {name: value for name, value in changes.items() if value is not None}
+    return _parse({**_DEFAULTS.get(model, {}), "model": model, **chosen}, where="training")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a config.json.
+
+    Raises
+    ------
+    SpecError
+        When the file is not JSON or a value is wrong.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise SpecError(f"{path}: not a readable training configuration ({err})") from err
+    return _parse(values, where=str(path))
+
+
+def _parse(values: Any, *, where: str) -> TrainConfig:
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as err:
+        first = err.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        raise SpecError(": ".join(part for part in (where, name, message + got) if part)) from err
