@@ -31,7 +31,7 @@ class RecordingEngine:
     answers: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.name, self.batch, self.held_bytes = self.engine.name, self.engine.batch, 0
+        self.name, self.batch, self.held_bytes, self.device = self.engine.name, self.engine.batch, 0, "cpu"
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         keys = [patch.tobytes() for patch in patches]
