@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from .errors import SpecError
 SCHEMA = 1
 
 Size = Annotated[int, Field(ge=1)]
+Triple = tuple[Size, Size, Size]
 Millimetres = Annotated[float, Field(gt=0)]
 LabelValue = Annotated[int, Field(ge=0, le=65535)]
 
@@ -48,7 +50,7 @@ class WindowNorm(Part):
     kind: Literal["hu_window"] = "hu_window"
     lower: float
     upper: float
-    scale: float = Field(255.0, gt=0)
+    scale: float = Field(default=255.0, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> WindowNorm:
@@ -154,7 +156,7 @@ class Inference(Part):
     """The sliding window: patch (z, y, x) in voxels (z = 1 for 2-D models), step as a fraction of it, blending, mirrored axes."""
 
     patch: tuple[Size, Size, Size]
-    step: float = Field(0.5, gt=0, le=1)
+    step: float = Field(default=0.5, gt=0, le=1)
     blending: Literal["gaussian", "uniform"] = "gaussian"
     mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
 
@@ -220,6 +222,55 @@ class UNetSpec(Part):
         return self
 
 
+class VNetSpec(Part):
+    """The V-Net of MedicalSeg and MedicalZooPytorch in numbers: five levels in 3-D, each half as fine and twice as wide as the one above.
+
+    `width` is a factor on the 16 features of the finest level. `kernels` and `strides` are those of the four steps down, finest first, and
+    serve the steps up too; `dropout` acts on whole features of the two coarsest levels. With `deep_supervision` the network has heads at
+    the three coarser levels of its decoder.
+    """
+
+    family: Literal["vnet"] = "vnet"
+    in_channels: int = Field(ge=1)
+    out_channels: int = Field(ge=1)
+    width: float = Field(default=1.0, ge=1 / 16, le=64)
+    elu: bool = False
+    kernels: tuple[Triple, Triple, Triple, Triple] = ((2, 2, 2),) * 4
+    strides: tuple[Triple, Triple, Triple, Triple] = ((2, 2, 2),) * 4
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    deep_supervision: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VNetSpec:
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            if any(k < s for k, s in zip(kernel, stride, strict=True)):
+                raise ValueError(f"kernels: {kernel} leaves out voxels between strides of {stride}")
+        return self
+
+    @property
+    def dimensions(self) -> Literal[3]:
+        """A V-Net sees volumes."""
+        return 3
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Features per level, finest first."""
+        return tuple(round(16 * self.width) * 2**level for level in range(5))
+
+    def refusal(self, shape: tuple[int, ...]) -> str:
+        """Say why this network cannot take patches of `shape` (z, y, x) and give back logits of the same; "" when it can."""
+        for axis, side in enumerate(shape):
+            steps = [(kernel[axis], stride[axis]) for kernel, stride in zip(self.kernels, self.strides, strict=True)]
+            left = side
+            for level, (kernel, stride) in enumerate(steps, 1):
+                if left < kernel or (left - kernel) % stride:
+                    if all(k == s for k, s in steps):
+                        return f"expected multiples of {prod(s for _, s in steps)} on axis {'zyx'[axis]}, got {side}"
+                    return f"{side} on axis {'zyx'[axis]} is {left} at level {level}, which kernel {kernel} and stride {stride} do not fill"
+                left = (left - kernel) // stride + 1
+        return ""
+
+
 class OnnxNetwork(Part):
     """A network segrt does not build itself: the bundle holds only its ONNX file."""
 
@@ -228,7 +279,7 @@ class OnnxNetwork(Part):
     out_channels: int = Field(ge=1)
 
 
-NetworkSpec = Annotated[UNetSpec | OnnxNetwork, Field(discriminator="family")]
+NetworkSpec = Annotated[UNetSpec | VNetSpec | OnnxNetwork, Field(discriminator="family")]
 
 
 class PreviousStage(Part):
@@ -241,7 +292,7 @@ class PreviousStage(Part):
 class ModelSpec(Part):
     """Everything around the network; see the parts. Arrays follow (z, y, x), spacings are mm."""
 
-    schema_version: int = Field(SCHEMA, alias="schema")
+    schema_version: int = Field(default=SCHEMA, alias="schema")
     name: str
     source: str = ""
     channels: tuple[Channel, ...] = Field(min_length=1)
@@ -272,6 +323,8 @@ class ModelSpec(Part):
             raise ValueError(
                 f"head.values: expected {self.network.out_channels} values (network.out_channels), got {len(self.head.values)}"
             )
+        if isinstance(self.network, VNetSpec) and (refusal := self.network.refusal(self.inference.patch)):
+            raise ValueError(f"inference.patch: {refusal}")
         if self.dimensions == 2 and self.inference.patch[0] != 1:
             raise ValueError(f"inference.patch: a 2-D model's patch has z = 1, got {self.inference.patch}")
         if self.dimensions == 2 and 0 in self.inference.mirror_axes:
@@ -300,7 +353,9 @@ class ModelSpec(Part):
     @property
     def dimensions(self) -> int:
         """2 when the network sees single slices, else 3."""
-        return self.network.dimensions if isinstance(self.network, UNetSpec) else (2 if self.inference.patch[0] == 1 else 3)
+        if isinstance(self.network, OnnxNetwork):
+            return 2 if self.inference.patch[0] == 1 else 3
+        return self.network.dimensions
 
     @property
     def label_dtype(self) -> str:

@@ -14,7 +14,7 @@ from ..arrays import Array, FloatArray, require
 from ..bundle import Bundle
 from ..device import device_number, on_device, use_device
 from ..errors import BackendError
-from ..spec import UNetSpec
+from ..spec import NetworkSpec, OnnxNetwork
 from .batches import gpu_batch, in_batches, smaller_batch_after_memory_error
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
         served = " and ".join((", ".join(_PRECISIONS[place][:-1]), _PRECISIONS[place][-1]))
         raise BackendError(f"PyTorch on a {place.upper()} serves {served}, not {precision}")
     spec = bundle.spec
-    if not isinstance(spec.network, UNetSpec):
+    if isinstance(spec.network, OnnxNetwork):
         raise BackendError(
             f"{bundle.path}: network family {spec.network.family!r} has no PyTorch form; use backend openvino or onnxruntime"
         )
@@ -140,7 +140,7 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
     return TorchEngine(network, classes=spec.classes, dimensions=spec.dimensions, precision=precision, batch=batch, device=device)
 
 
-def _load(bundle: Bundle, member: str, network: UNetSpec) -> Any:
+def _load(bundle: Bundle, member: str, network: NetworkSpec) -> Any:
     path = bundle.weights_path(member)
     if not path.is_file():
         raise BackendError(f"{path} is missing: this bundle runs from its ONNX file; use backend openvino or onnxruntime")

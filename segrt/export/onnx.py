@@ -18,10 +18,10 @@ from .. import __version__
 from ..arrays import Array, FloatArray, require
 from ..bundle import Bundle, sha256, write_atomic
 from ..errors import BuildError, InputError
-from ..spec import ModelSpec, UNetSpec
+from ..spec import ModelSpec, OnnxNetwork
 
 if TYPE_CHECKING:
-    from ..networks import UNet
+    from ..networks import Network
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +75,12 @@ def export_onnx(bundle: Bundle, *, members: Sequence[str] | None = None, dynamic
     return paths
 
 
-def load_member(bundle: Bundle, member: str) -> UNet:
+def load_member(bundle: Bundle, member: str) -> Network:
     """Build a member's network with its weights, in evaluation mode; see `export_onnx` for errors."""
     if member not in bundle.spec.members:
         raise InputError(f"{bundle.path}: no member {member!r}; it has {', '.join(bundle.spec.members)}")
     path = bundle.weights_path(member)
-    if not isinstance(bundle.spec.network, UNetSpec) or not path.is_file():
+    if isinstance(bundle.spec.network, OnnxNetwork) or not path.is_file():
         raise BuildError(f"{path} is missing: this bundle holds only compiled or ONNX networks; export from the bundle they were made from")
     safetensors = require("safetensors", extra="export")
     try:
@@ -131,7 +131,7 @@ def write_reference(bundle: Bundle, inputs: FloatArray, *, max_values: int = MAX
     return write_atomic(bundle.path / "onnx" / "reference.npz", buffer.getvalue())
 
 
-def _run_window(network: UNet, window: Any, dimensions: int) -> FloatArray:
+def _run_window(network: Network, window: Any, dimensions: int) -> FloatArray:
     """(C, Z, Y, X) -> logits (K, Z, Y, X)."""
     with require("torch", extra="export").inference_mode():
         logits: Any = network(window[None, :, 0] if dimensions == 2 else window[None])[0]
@@ -139,7 +139,7 @@ def _run_window(network: UNet, window: Any, dimensions: int) -> FloatArray:
     return result
 
 
-def _serialize(network: UNet, spec: ModelSpec, *, member: str, head: Head, dynamic: bool) -> bytes:
+def _serialize(network: Network, spec: ModelSpec, *, member: str, head: Head, dynamic: bool) -> bytes:
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     if size > _MAX_BYTES:
         raise BuildError(f"member {member!r} has {size / 2**30:.1f} GiB of weights; one ONNX file holds 2 GiB at most")
@@ -169,7 +169,7 @@ def _serialize(network: UNet, spec: ModelSpec, *, member: str, head: Head, dynam
     return content
 
 
-def _headed(network: UNet, spec: ModelSpec, head: Literal["softmax", "argmax"]) -> Any:
+def _headed(network: Network, spec: ModelSpec, head: Literal["softmax", "argmax"]) -> Any:
     from ..networks.heads import Headed
 
     return Headed(network, spec, head).eval()

@@ -21,7 +21,7 @@ from ..kernels.argmax import argmax, paint
 from ..metrics import dice, mean_dice
 from ..phantom import make_phantom
 from ..preprocess import preprocess
-from ..spec import ModelSpec, RGBNorm, ShapeTarget, SpacingTarget, UNetSpec
+from ..spec import ModelSpec, OnnxNetwork, RGBNorm, ShapeTarget, SpacingTarget
 from ..volume import Grid, Volume
 from ..windows import plan_windows
 
@@ -64,7 +64,7 @@ def can_run_reference(bundle: Bundle) -> bool:
     """Whether torch and the weights are at hand."""
     has_torch = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("safetensors") is not None
     weights = all(bundle.weights_path(member).is_file() for member in bundle.spec.members)
-    return has_torch and weights and isinstance(bundle.spec.network, UNetSpec)
+    return has_torch and weights and not isinstance(bundle.spec.network, OnnxNetwork)
 
 
 def compare(reference: FloatArray, logits: FloatArray, spec: ModelSpec) -> dict[str, Any]:

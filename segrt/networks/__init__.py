@@ -8,38 +8,65 @@ import torch
 from torch import nn
 
 from ..errors import BuildError, SpecError
-from ..spec import NetworkSpec, UNetSpec
+from ..spec import NetworkSpec, OnnxNetwork, VNetSpec
+from .initialize import initialize
 from .nnunet import UNet
+from .vnet import VNet
 
-__all__ = ["UNet", "build", "build_empty", "count_parameters", "load_weights"]
+__all__ = ["Network", "UNet", "VNet", "build", "build_empty", "count_parameters", "initialize", "load_weights", "supervision_scales"]
+
+Network = UNet | VNet
 
 
-def build(spec: NetworkSpec, *, deep_supervision: bool = False) -> UNet:
-    """Build the network of `spec` in evaluation mode, with fresh weights.
+def build(spec: NetworkSpec, *, deep_supervision: bool = False) -> Network:
+    """Build the network of `spec` with fresh weights.
+
+    Both forms have the same tensors, heads of the coarser levels included: weights of one fit the other, and nnU-Net's fit both.
 
     Parameters
     ----------
     spec : the network in numbers
-    deep_supervision : return the logits of every decoder level (finest first) instead of the finest alone
+    deep_supervision : return a tuple of logits, the network's own at full resolution first, instead of these alone; see
+        `supervision_scales`
 
     Returns
     -------
-    UNet : (N, C, (Z,) Y, X) float32 -> logits (N, K, (Z,) Y, X)
+    Network : (N, C, (Z,) Y, X) float32 -> logits (N, K, (Z,) Y, X); in evaluation mode, under deep supervision in training mode. Its
+        attribute `deep_supervision` may be changed at any time
 
     Raises
     ------
     SpecError
-        For a network that only exists as ONNX, or numbers no network can have.
+        For a network that only exists as ONNX, numbers no network can have, or deep supervision of a V-Net without heads for it.
     """
-    if not isinstance(spec, UNetSpec):
-        raise SpecError(f"network.family: {spec.family!r} has no layers to build; only plain_unet and residual_unet do")
-    return UNet(spec, deep_supervision=deep_supervision).eval()
+    if isinstance(spec, OnnxNetwork):
+        raise SpecError(f"network.family: {spec.family!r} has no layers to build; only plain_unet, residual_unet and vnet do")
+    if isinstance(spec, VNetSpec):
+        if deep_supervision and not spec.deep_supervision:
+            raise SpecError("network.deep_supervision: this V-Net has no heads at its coarser levels; plan it with deep_supervision=True")
+        return VNet(spec, deep_supervision=deep_supervision).train(deep_supervision)
+    return UNet(spec, deep_supervision=deep_supervision).train(deep_supervision)
 
 
-def build_empty(spec: NetworkSpec) -> UNet:
+def build_empty(spec: NetworkSpec) -> Network:
     """Build the network without memory for its weights: for their names, shapes and count."""
     with torch.device("meta"):
         return build(spec)
+
+
+def supervision_scales(spec: NetworkSpec) -> tuple[tuple[float, ...], ...]:
+    """Give the size of every output under deep supervision, in the order they come, as shares of the input's size on each axis.
+
+    nnU-Net's levels shrink by their strides; those of a V-Net are enlarged to full size. One output, of full size, where there is no deep
+    supervision.
+    """
+    if isinstance(spec, OnnxNetwork | VNetSpec):
+        count = 4 if isinstance(spec, VNetSpec) and spec.deep_supervision else 1
+        return ((1.0, 1.0, 1.0),) * count
+    scales = [(1.0,) * spec.dimensions]
+    for stride in spec.strides[1:-1]:
+        scales.append(tuple(share / s for share, s in zip(scales[-1], stride, strict=True)))
+    return tuple(scales)
 
 
 def count_parameters(network: nn.Module) -> int:

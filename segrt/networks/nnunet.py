@@ -62,8 +62,8 @@ class UNet(nn.Module):
             self.decoder.append(_stack(ConvBlock, spec, spec.decoder_convs[level], (2 * features, features), kernel=spec.kernels[s]))
             self.heads.append(_CONV[spec.dimensions](features, spec.out_channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(N, C, (Z,) Y, X) -> logits (N, K, (Z,) Y, X), or a list of them, finest first, under deep supervision."""
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(N, C, (Z,) Y, X) -> logits (N, K, (Z,) Y, X), or a tuple of them, finest first, under deep supervision."""
         if hasattr(self, "stem"):
             x = self.stem(x)
         skips = []
@@ -77,7 +77,7 @@ class UNet(nn.Module):
             x = decoder(torch.cat((up(x), skips.pop()), 1))
             if self.deep_supervision:
                 logits.append(head(x))
-        return logits[::-1] if self.deep_supervision else self.heads[-1](x)
+        return tuple(logits[::-1]) if self.deep_supervision else self.heads[-1](x)
 
 
 class ConvBlock(nn.Module):

@@ -1,0 +1,244 @@
+"""Losses: nnU-Net's Dice with cross-entropy, regions by Dice with binary cross-entropy, the article's mixed loss; deep supervision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import InputError, SpecError
+from ..spec import ModelSpec, NetworkSpec, UNetSpec, VNetSpec
+from .dice import over_processes, soft_dice_loss, soft_sums
+
+Parts = dict[str, Tensor]
+ClassWeights = Literal["none", "batch", "first_batch"] | tuple[float, ...]
+
+IGNORED = -1
+
+
+def build_loss(
+    spec: ModelSpec,
+    *,
+    kind: Literal["dice_ce", "mixed"] = "dice_ce",
+    batch_dice: bool = False,
+    deep_supervision: bool = False,
+    distributed: bool = False,
+    coefficients: tuple[float, float] = (1.0, 1.0),
+    class_weights: ClassWeights = "none",
+) -> SupervisedLoss:
+    """Make the loss a model is trained with.
+
+    Parameters
+    ----------
+    spec : its head decides between labels and regions, its `ignore` whether voxels may be left out, its network the number of outputs
+    kind : "dice_ce" is nnU-Net's (with binary cross-entropy for regions), "mixed" the article's
+    batch_dice : Dice of the whole batch instead of each sample's
+    deep_supervision : the network returns the logits of all its levels
+    distributed : several processes share a batch; see `over_processes`
+    coefficients, class_weights : of "mixed"; see `MixedLoss`
+
+    Raises
+    ------
+    SpecError
+        When the model has no foreground, or "mixed" is asked for regions.
+    """
+    regions, ignore = spec.head.activation == "sigmoid", spec.ignore is not None
+    if not regions and spec.classes < 2:
+        raise SpecError(f"head.values: expected background and at least one label, got {spec.head.values}; there is nothing to learn")
+    if regions and kind == "mixed":
+        raise SpecError("loss: 'mixed' needs labels that exclude each other, this model has regions; use 'dice_ce'")
+    if kind == "mixed":
+        loss: nn.Module = MixedLoss(spec.classes, coefficients=coefficients, class_weights=class_weights, distributed=distributed)
+    elif regions:
+        loss = RegionLoss(batch_dice=batch_dice, ignore=ignore, distributed=distributed)
+    else:
+        loss = DiceCELoss(batch_dice=batch_dice, ignore=ignore, distributed=distributed)
+    weights = supervision_weights(spec.network) if deep_supervision else (1.0,)
+    return SupervisedLoss(loss, weights, distributed=distributed)
+
+
+def supervision_weights(network: NetworkSpec) -> tuple[float, ...]:
+    """Weights of the outputs under deep supervision, finest first, in sum 1.
+
+    nnU-Net halves the weight from level to level and leaves the coarsest out; the four outputs of a V-Net count alike.
+    """
+    if isinstance(network, VNetSpec) and network.deep_supervision:
+        return (0.25,) * 4
+    levels = len(network.features) - 1 if isinstance(network, UNetSpec) else 1
+    if levels == 1:
+        return (1.0,)
+    halves = [0.5**level for level in range(levels - 1)]
+    return (*(w / sum(halves) for w in halves), 0.0)
+
+
+class SupervisedLoss(nn.Module):
+    """The weighted sum of one loss over the outputs of a network."""
+
+    def __init__(self, loss: nn.Module, weights: Sequence[float], *, distributed: bool = False) -> None:
+        super().__init__()
+        self.loss, self.weights, self.distributed = loss, tuple(weights), distributed
+
+    def forward(self, outputs: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) -> tuple[Tensor, Parts]:
+        """Return the loss and its parts.
+
+        Parameters
+        ----------
+        outputs : logits (N, K, ...), finest first
+        targets : as many, of the outputs' sizes: class indices (N, ...) or (N, 1, ...), for regions (N, K, ...) 0 and 1; -1 is ignored
+            where the model allows it. A single one serves all outputs that have its size
+
+        Returns
+        -------
+        loss : ()
+        parts : name -> () without gradient; what the loss is made of, weighted likewise
+
+        Raises
+        ------
+        InputError
+            When outputs, weights and targets are not equally many.
+        """
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        targets = (targets,) if isinstance(targets, Tensor) else tuple(targets)
+        targets = targets * len(outputs) if len(targets) == 1 else targets
+        if not len(outputs) == len(targets) == len(self.weights):
+            raise InputError(
+                f"the loss weighs {len(self.weights)} outputs; the network gave {len(outputs)} and there are {len(targets)} targets"
+            )
+        total, parts = outputs[0].new_zeros((), dtype=_real(outputs[0].dtype)), dict[str, Tensor]()
+        for weight, logits, target in zip(self.weights, outputs, targets, strict=True):
+            if weight:
+                value, pieces = self.loss(logits, target)
+                total = total + weight * value
+                parts = {name: parts.get(name, 0) + weight * piece.detach() for name, piece in pieces.items()}
+            elif self.distributed:
+                # DDP waits for a gradient of every parameter
+                total = total + 0 * logits.sum()
+        return total, parts
+
+
+class DiceCELoss(nn.Module):
+    """Cross-entropy minus soft Dice of the softmax, background left out of Dice: nnU-Net's loss for labels."""
+
+    def __init__(self, *, batch_dice: bool = False, ignore: bool = False, distributed: bool = False) -> None:
+        super().__init__()
+        self.batch_dice, self.ignore, self.distributed = batch_dice, ignore, distributed
+
+    def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
+        """(N, K, ...) and class indices (N, ...) or (N, 1, ...) -> loss and parts."""
+        target = _indices(logits, target)
+        logs = functional.log_softmax(logits.to(_real(logits.dtype)), 1)
+        ce = functional.nll_loss(logs, target, ignore_index=IGNORED) if not self.ignore else _nll(logs, target)
+        mask = (target != IGNORED)[:, None] if self.ignore else None
+        sums = soft_sums(logs[:, 1:].exp(), _one_hot(target, logits.shape[1])[:, 1:], mask)
+        dice = soft_dice_loss(sums, batch=self.batch_dice, everywhere=self.distributed)
+        return ce + dice, {"ce": ce, "dice": dice}
+
+
+class RegionLoss(nn.Module):
+    """Binary cross-entropy minus soft Dice of the sigmoid: nnU-Net's loss for regions, which may overlap.
+
+    With `ignore` the cross-entropy is the sum over regions of their means over voxels, without it the mean of these, as in nnU-Net.
+    """
+
+    def __init__(self, *, batch_dice: bool = False, ignore: bool = False, distributed: bool = False) -> None:
+        super().__init__()
+        self.batch_dice, self.ignore, self.distributed = batch_dice, ignore, distributed
+
+    def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
+        """(N, K, ...) and as many 0 and 1, -1 in all channels where ignored -> loss and parts."""
+        logits, truth = logits.to(_real(logits.dtype)), target > 0
+        mask = target[:, :1] != IGNORED if self.ignore else None
+        ce = functional.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="mean" if mask is None else "none")
+        if mask is not None:
+            ce = (ce * mask).sum() / mask.sum().clamp_min(1)
+        dice = soft_dice_loss(soft_sums(logits.sigmoid(), truth, mask), batch=self.batch_dice, everywhere=self.distributed)
+        return ce + dice, {"ce": ce, "dice": dice}
+
+
+class MixedLoss(nn.Module):
+    """The article's weighted cross-entropy plus 1 - Dice, the Dice with squared terms over the whole batch and background included.
+
+    Parameters
+    ----------
+    classes : number of them, background included
+    coefficients : of cross-entropy and Dice
+    class_weights : "none"; a number per class; "batch": (1 - p) / p of each batch's own mean probability p per class; "first_batch": those
+        of the first batch for good, which is what the article's software does (they are part of `state_dict`)
+    activation : what Dice makes of the logits; the article's software takes the sigmoid although its labels exclude each other
+
+    References
+    ----------
+    Milletari, Navab, Ahmadi 2016, doi:10.1109/3DV.2016.79. Different from the article's software in the default of the class weights.
+    """
+
+    frozen: Tensor
+
+    def __init__(
+        self,
+        classes: int,
+        *,
+        coefficients: tuple[float, float] = (1.0, 1.0),
+        class_weights: ClassWeights = "none",
+        activation: Literal["sigmoid", "softmax"] = "sigmoid",
+        distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.coefficients, self.class_weights, self.activation, self.distributed = coefficients, class_weights, activation, distributed
+        if class_weights == "first_batch":
+            self.register_buffer("frozen", torch.zeros(classes))
+
+    def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
+        """(N, K, ...) and class indices (N, ...) or (N, 1, ...) -> loss and parts."""
+        target, logits = _indices(logits, target), logits.to(_real(logits.dtype))
+        mask = (target != IGNORED)[:, None]
+        logs = functional.log_softmax(logits, 1)
+        ce = _nll(logs, target, self._weights(logs.detach().exp(), mask))
+        probabilities = (logits.sigmoid() if self.activation == "sigmoid" else logs.exp()) * mask
+        truth = _one_hot(target, logits.shape[1])
+        axes = (0, *range(2, logits.ndim))
+        sums = torch.stack(((probabilities * truth).sum(axes), (probabilities**2).sum(axes), truth.sum(axes).to(logits.dtype)))
+        intersection, predicted, true = over_processes(sums) if self.distributed else sums
+        dice = 1 - (2 * intersection / (predicted + true).clamp_min(1e-6)).mean()
+        return self.coefficients[0] * ce + self.coefficients[1] * dice, {"ce": ce, "dice": dice}
+
+    def _weights(self, probabilities: Tensor, mask: Tensor) -> Tensor | None:
+        """(K,) weights of the classes in cross-entropy."""
+        if isinstance(self.class_weights, tuple):
+            return probabilities.new_tensor(self.class_weights)
+        if self.class_weights == "none":
+            return None
+        if self.class_weights == "first_batch" and bool(self.frozen.any()):
+            return self.frozen.to(probabilities)
+        sums = torch.cat(((probabilities * mask).sum((0, *range(2, mask.ndim))), mask.sum()[None].to(probabilities.dtype)))
+        sums = over_processes(sums) if self.distributed else sums
+        weights = (sums[-1] - sums[:-1]) / sums[:-1].clamp_min(1e-6)
+        if self.class_weights == "first_batch":
+            self.frozen = weights.float()
+        return weights
+
+
+def _nll(logs: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of minus the log-probability of the true class, weighted by class; 0 where every voxel is ignored."""
+    total = functional.nll_loss(logs, target, weights, ignore_index=IGNORED, reduction="sum")
+    counted = target != IGNORED
+    share = counted.sum() if weights is None else (weights[target.clamp_min(0)] * counted).sum()
+    return total / torch.where(share > 0, share, 1)
+
+
+def _indices(logits: Tensor, target: Tensor) -> Tensor:
+    """(N, ...) int64."""
+    return (target[:, 0] if target.ndim == logits.ndim else target).long()
+
+
+def _one_hot(target: Tensor, classes: int) -> Tensor:
+    """(N, ...) -> (N, C, ...) bool, all false where ignored."""
+    numbers = torch.arange(classes, device=target.device).view(1, -1, *[1] * (target.ndim - 1))
+    return target[:, None] == numbers
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is summed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
