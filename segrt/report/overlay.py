@@ -58,21 +58,21 @@ def write_overlay(
     cells = figure.subplots(len(_PLANES), 1 + len(maps), squeeze=False)
     first = next(iter(maps.values()))
     for row, (plane, axis) in zip(cells, _PLANES.items(), strict=True):
-        position = _busiest(first, axis)
+        position = busiest_slice(first, axis)
         aspect = spacing[0] / spacing[2] if axis else spacing[1] / spacing[2]
         for cell, name in zip(row, ["image", *maps], strict=True):
             cell.imshow(_slice(image, axis, position), cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect)
             if name in maps:
-                cell.imshow(_colour(_slice(maps[name], axis, position), names), aspect=aspect, interpolation="nearest")
+                cell.imshow(colour_labels(_slice(maps[name], axis, position), names), aspect=aspect, interpolation="nearest")
             cell.set_title(f"{name}, {plane} {position}", color="white", fontsize=11)
             cell.set_axis_off()
-    _legend(figure, names)
+    draw_legend(figure, names)
     figure.suptitle(title, color="white")
     figure.tight_layout(rect=(0, 0, 1 - 2 / figure.get_figwidth(), 1))
     figure.savefig(path, dpi=90)
 
 
-def _busiest(labels: Array, axis: int) -> int:
+def busiest_slice(labels: Array, axis: int) -> int:
     """Slice along `axis` that shows most different labels, and of those the one with most of them."""
     planes = np.moveaxis(labels, axis, 0)
     step = max(1, len(planes) // 100)
@@ -85,7 +85,7 @@ def _slice(array: Array, axis: int, position: int) -> Array:
     return plane[::-1] if axis else plane
 
 
-def _colour(labels: Array, names: Mapping[int, str]) -> Array:
+def colour_labels(labels: Array, names: Mapping[int, str]) -> Array:
     """(Y, X, 4) uint8: half-transparent colour on the named labels, nothing elsewhere."""
     table = np.zeros((int(max(labels.max(initial=0), *names)) + 1, 4), np.uint8)
     for number, value in enumerate(names):
@@ -95,7 +95,8 @@ def _colour(labels: Array, names: Mapping[int, str]) -> Array:
     return coloured
 
 
-def _legend(figure: Any, names: Mapping[int, str]) -> None:
+def draw_legend(figure: Any, names: Mapping[int, str]) -> None:
+    """Name each label's colour at the right edge of the figure."""
     patch = require("matplotlib.patches", extra="report").Patch
     handles = [patch(color=COLOURS[n % len(COLOURS)], label=f"{value} {name}") for n, (value, name) in enumerate(names.items())]
     figure.legend(handles=handles, loc="center right", fontsize=10, frameon=False, labelcolor="white")

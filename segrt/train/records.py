@@ -1,0 +1,134 @@
+"""What a training leaves behind to look at: CSV and TensorBoard of its numbers, the machine, the size of its network."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import __version__
+from ..arrays import require
+from ..report.curves import read_rows
+
+_TRAINING = ("iteration", "loss", "dice", "lr", "batch_cost", "reader_cost")
+_PACKAGES = ("torch", "numpy", "numba", "batchgeneratorsv2", "blosc2", "pydantic", "safetensors", "SimpleITK")
+
+
+class Records:
+    """training.csv (a row per iteration), validation.csv (a row per validation) and tensorboard/ in one folder.
+
+    Parameters
+    ----------
+    folder : made when missing
+    classes : names of the foreground classes, in the network's order
+    iteration : where the training goes on from; later rows of an earlier run are dropped
+
+    Raises
+    ------
+    BackendError
+        When TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str], *, iteration: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._training = _Table(folder / "training.csv", _TRAINING, iteration)
+        self._validation = _Table(folder / "validation.csv", ("iteration", "loss", "dice", "average", *classes), iteration)
+        self._classes = tuple(classes)
+        tensorboard = require("torch.utils.tensorboard", extra="train")
+        self._board = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+
+    def training(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Add the numbers of an iteration: loss, dice (NaN where not taken), lr, batch_cost and reader_cost in s."""
+        self._training.add(iteration, values)
+        for name, value in values.items():
+            if value == value:
+                self._board.add_scalar(f"train/{name}", value, iteration)
+
+    def validation(self, iteration: int, loss: float, dice: Sequence[float], mean: float, average: float) -> None:
+        """Add the pseudo Dice per class, its mean, and the mean's moving average."""
+        classes = dict(zip(self._classes, dice, strict=True))
+        self._validation.add(iteration, {"loss": loss, "dice": mean, "average": average} | classes)
+        for name, value in {"loss": loss, "mean_dice": mean, "average_dice": average}.items():
+            self._board.add_scalar(f"validation/{name}", value, iteration)
+        for name, value in classes.items():
+            self._board.add_scalar(f"validation/dice/{name}", value, iteration)
+
+    def flush(self) -> None:
+        """Bring what was added to the disk."""
+        self._training.flush()
+        self._validation.flush()
+        self._board.flush()
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._training.close()
+        self._validation.close()
+        self._board.close()
+
+
+class _Table:
+    """A CSV file that grows by rows; numbers keep all their digits."""
+
+    def __init__(self, path: Path, columns: Sequence[str], iteration: int) -> None:
+        rows = [row for row in read_rows(path) if int(row["iteration"]) <= iteration]
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, columns, restval="", lineterminator="\n")
+        self._writer.writeheader()
+        self._writer.writerows(rows)
+        self.flush()
+
+    def add(self, iteration: int, values: Mapping[str, float]) -> None:
+        self._writer.writerow({"iteration": iteration} | {k: repr(float(v)) if v == v else "" for k, v in values.items()})
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """The machine and the versions a training ran on."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found: dict[str, object] = {
+        "segrt": __version__,
+        "python": sys.version.split()[0],
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "device": str(device),
+        "versions": versions,
+    }
+    if device.type == "cuda":
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "cudnn": cudnn}
+    return found
+
+
+def count_flops(network: nn.Module, shape: Sequence[int]) -> int:
+    """Floating-point operations (2 per multiplication with addition) of one forward pass.
+
+    Parameters
+    ----------
+    network : on torch's meta device (`segrt.networks.build_empty`), so that nothing is computed
+    shape : of the input, (N, C, (Z,) Y, X)
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(tuple(shape), device="meta"))
+    return int(counter.get_total_flops())

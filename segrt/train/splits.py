@@ -1,0 +1,142 @@
+"""Which cases a fold trains on and which it is validated with; TRAIN, before the first batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+
+FOLDS, SEED = 5, 12345
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of the cases of one fold."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
+def choose_split(names: Sequence[str], how: str, fold: str) -> Split:
+    """Give the cases of one fold.
+
+    Parameters
+    ----------
+    names : of the cases; their order does not matter
+    how : "kfold", "shuffled:SHARE", "sorted:SHARE", or the path of a JSON file; see `TrainConfig.split`
+    fold : "0", "1", ... or "all", which trains on every case and validates on them too. A number beyond the folds of `how` gives nnU-Net's
+        seeded random 80:20 split
+
+    Raises
+    ------
+    InputError
+        When a split cannot be made of so few cases, or a file's split names an unknown case or one on both sides.
+    """
+    ordered = tuple(sorted(names))
+    if fold == "all":
+        return Split(ordered, ordered)
+    if not fold.isdigit():
+        raise InputError(f"fold: expected a number or all, got {fold!r}")
+    splits = make_splits(ordered, how)
+    if int(fold) < len(splits):
+        return splits[int(fold)]
+    if how != "kfold":
+        raise InputError(f"fold {fold}: split {how!r} has {_folds(len(splits))}")
+    return _random_split(ordered, int(fold))
+
+
+def make_splits(names: Sequence[str], how: str) -> tuple[Split, ...]:
+    """All folds of `how`, of cases sorted by name; see `choose_split`."""
+    ordered = tuple(sorted(names))
+    kind, _, share = how.partition(":")
+    if how == "kfold":
+        return kfold(ordered)
+    if kind in ("shuffled", "sorted") and share:
+        return (_by_share(ordered, share, shuffled=kind == "shuffled"),)
+    return _read(Path(how), ordered)
+
+
+def kfold(names: Sequence[str], folds: int = FOLDS, seed: int = SEED) -> tuple[Split, ...]:
+    """nnU-Net's folds: those of scikit-learn's KFold(folds, shuffle=True, random_state=seed) over the names as they stand.
+
+    Raises
+    ------
+    InputError
+        When there are fewer cases than folds.
+    """
+    if len(names) < folds:
+        raise InputError(f"{len(names)} cases cannot be split into {folds} folds; train on all (fold all), or give a split file")
+    order = np.arange(len(names))
+    np.random.RandomState(seed).shuffle(order)
+    return tuple(_split(names, part) for part in np.array_split(order, folds))
+
+
+def _split(names: Sequence[str], validation: Sequence[int] | np.ndarray) -> Split:
+    held = {int(i) for i in validation}
+    return Split(
+        tuple(name for i, name in enumerate(names) if i not in held),
+        tuple(name for i, name in enumerate(names) if i in held),
+    )
+
+
+def _random_split(names: Sequence[str], fold: int) -> Split:
+    """nnU-Net's answer to a fold number beyond its five."""
+    generator = np.random.RandomState(seed=SEED + fold)
+    train = {int(i) for i in generator.choice(len(names), int(len(names) * 0.8), replace=False)}
+    return _check(_split(names, [i for i in range(len(names)) if i not in train]))
+
+
+def _by_share(names: Sequence[str], share: str, *, shuffled: bool) -> Split:
+    """The first `share` of the names trains; of the sorted ones, or of these after a seeded shuffle."""
+    try:
+        fraction = float(share)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction < 1:
+        raise InputError(f"split: expected a share between 0 and 1 after the colon, got {share!r}")
+    order = np.arange(len(names))
+    if shuffled:
+        np.random.default_rng(SEED).shuffle(order)
+    return _check(_split(names, order[round(fraction * len(names)) :]))
+
+
+def _read(path: Path, names: Sequence[str]) -> tuple[Split, ...]:
+    """Folds from a file like nnU-Net's splits_final.json: a list of {"train": [...], "val": [...]}."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise InputError(
+            f"split: {str(path)!r} is neither kfold, shuffled:SHARE, sorted:SHARE nor a readable JSON file of folds ({err})"
+        ) from err
+    if not isinstance(values, list) or not values or not all(_is_fold(fold) for fold in values):
+        raise InputError(f'{path}: expected a list of folds like {{"train": ["case", ...], "val": ["case", ...]}}')
+    splits = tuple(Split(tuple(sorted(fold["train"])), tuple(sorted(fold["val"]))) for fold in values)
+    for number, split in enumerate(splits):
+        if unknown := sorted({*split.train, *split.validation} - set(names)):
+            raise InputError(f"{path}: fold {number} names {unknown[0]}, which is no case of the dataset")
+        if both := sorted(set(split.train) & set(split.validation)):
+            raise InputError(f"{path}: fold {number} has {both[0]} in train and in val; a case can only be on one side")
+        _check(split)
+    return splits
+
+
+def _is_fold(values: object) -> bool:
+    if not isinstance(values, dict) or not {"train", "val"} <= values.keys():
+        return False
+    return all(isinstance(values[key], list) and all(isinstance(name, str) for name in values[key]) for key in ("train", "val"))
+
+
+def _check(split: Split) -> Split:
+    if not split.train or not split.validation:
+        count = len(split.train) + len(split.validation)
+        raise InputError(f"split: {count} cases leave none for {'validation' if split.train else 'training'}; train on all (fold all)")
+    return split
+
+
+def _folds(count: int) -> str:
+    return "one fold, 0" if count == 1 else f"folds 0 to {count - 1}"

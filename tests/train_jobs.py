@@ -1,0 +1,97 @@
+"""Tiny trainings: a small U-Net that learns to find bright voxels in batches made on the spot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from factories import UNET_3D
+from torch import Tensor, distributed
+
+from segrt.networks import build
+from segrt.spec import Head
+from segrt.train.config import TrainConfig, make_config
+from segrt.train.loop import Batch, Job, Step, train
+
+CPU = torch.device("cpu")
+SIDE = 8
+
+
+def tiny_config(**changes: Any) -> TrainConfig:
+    """A training of a few iterations that validates and saves as it goes."""
+    fields = {
+        "iterations": 6,
+        "epoch": 2,
+        "validation_interval": 3,
+        "validation_batches": 2,
+        "save_interval": 2,
+        "log_interval": 2,
+        "seed": 1,
+    }
+    return make_config("nnunet", **{**fields, **changes})
+
+
+def make_batches(seed: int, *, size: int = 2, spoil: int | None = None) -> Callable[[int], Iterator[Batch]]:
+    """Endless batches of noise whose bright and very bright voxels are classes 1 and 2; batch `spoil` holds a NaN.
+
+    In a process group every process gets its share of each batch.
+    """
+    rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    share = slice(rank * size // processes, (rank + 1) * size // processes)
+
+    def batches(first: int) -> Iterator[Batch]:
+        number = first
+        while True:
+            data = np.random.default_rng((seed, number)).normal(size=(size, 1, SIDE, SIDE, SIDE)).astype(np.float32)
+            target = (data[:, 0] > 0.5).astype(np.int64) + (data[:, 0] > 1)
+            if number == spoil:
+                data[0] = np.nan
+            names = [f"case_{number}_{i}" for i in range(size)]
+            yield torch.from_numpy(data[share]), (torch.from_numpy(target[share]),), names[share]
+            number += 1
+
+    return batches
+
+
+def cross_entropy(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the tiny trainings; a group of processes waits for a gradient of every head."""
+    loss = torch.nn.functional.cross_entropy(outputs[0].float(), targets[0], ignore_index=-1) + 0 * sum(o.sum() for o in outputs[1:])
+    return loss, {"ce": loss}
+
+
+def tiny_job(folder: Path, config: TrainConfig | None = None, **changes: Any) -> Job:
+    """A job of `config` whose batches need no dataset."""
+    fields: dict[str, Any] = {
+        "build": lambda: build(UNET_3D, deep_supervision=True),
+        "loss": cross_entropy,
+        "batches": make_batches(10),
+        "validation": make_batches(20),
+        "classes": ("bright", "very bright"),
+        "head": Head(activation="softmax", values=(0, 1, 2)),
+        "config": config or tiny_config(),
+        "folder": folder,
+        "plan": "plan",
+    }
+    return Job(**{**fields, **changes})
+
+
+def run(job: Job) -> list[Step]:
+    """Train and give every step."""
+    steps: list[Step] = []
+    assert train(job, CPU, progress=steps.append)
+    return steps
+
+
+def train_in_group(rank: int, processes: int, folder: str, port: int) -> None:
+    """One process of a gloo group, as torchrun would start it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    try:
+        train(tiny_job(Path(folder), batches=make_batches(10), validation=make_batches(20)), CPU)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,196 @@
+"""The loop: what it records, that it resumes to the bit, stops when asked, and says which cases spoil it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+from train_jobs import CPU, make_batches, run, tiny_config, tiny_job, train_in_group
+
+from segrt.errors import InputError, SpecError
+from segrt.spec import Head
+from segrt.train.loop import Step, _dice, _overlap, train
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _losses(folder: Path) -> list[str]:
+    return [row["loss"] for row in _rows(folder / "training.csv")]
+
+
+def _last(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(str(sorted((folder / "checkpoints").glob("iter_*"))[-1] / "weights.safetensors"))
+
+
+def test_it_learns_and_records_every_iteration(tmp_path: Path) -> None:
+    steps = run(tiny_job(tmp_path, tiny_config(iterations=40, log_interval=5, lr=0.05)))
+    assert [step.iteration for step in steps] == list(range(1, 41))
+    assert np.mean([s.loss for s in steps[-5:]]) < 0.7 * np.mean([s.loss for s in steps[:5]])
+    assert steps[-1].dice > 0.3
+    assert steps[-1].eta_s == 0
+    assert all(step.batch_cost >= step.reader_cost > 0 for step in steps)
+    rows = _rows(tmp_path / "training.csv")
+    assert [float(row["loss"]) for row in rows] == [step.loss for step in steps]
+    assert [bool(row["dice"]) for row in rows] == [i % 5 == 0 for i in range(1, 41)]
+    checks = _rows(tmp_path / "validation.csv")
+    assert list(checks[0]) == ["iteration", "loss", "dice", "average", "bright", "very bright"]
+    assert [int(row["iteration"]) for row in checks] == [*range(3, 40, 3), 40]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_best_follows_the_moving_average_of_the_pseudo_dice(tmp_path: Path) -> None:
+    """MedicalSeg's best model was never written; nnU-Net's rule: .9 of the old average, .1 of the new value."""
+    run(tiny_job(tmp_path, tiny_config(iterations=30, lr=0.05)))
+    average, best = None, (-math.inf, 0)
+    for row in _rows(tmp_path / "validation.csv"):
+        value = float(row["dice"])
+        average = value if average is None else 0.9 * average + 0.1 * value
+        assert float(row["average"]) == pytest.approx(average, abs=1e-12)
+        best = max(best, (average, int(row["iteration"])))
+    saved = json.loads((tmp_path / "checkpoints" / "best" / "state.json").read_text())
+    assert saved["iteration"] == best[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "lr": 1e-3, "accumulation": 2}, {"precision": "bf16"}])
+def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(tmp_path: Path, changes: dict[str, object]) -> None:
+    config = tiny_config(**changes)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny_job(whole, config))
+
+    def stop(step: Step) -> None:
+        if step.iteration == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not train(tiny_job(parts, config), CPU, progress=stop)
+    assert len(_losses(parts)) == 4  # the iteration in which the signal is seen is finished and saved
+    steps = run(tiny_job(parts, config))
+    assert [step.iteration for step in steps] == [5, 6]
+    assert _losses(parts) == _losses(whole)
+    for row, other in zip(_rows(parts / "validation.csv"), _rows(whole / "validation.csv"), strict=True):
+        assert row == other
+    for name, tensor in _last(whole).items():
+        assert torch.equal(tensor, _last(parts)[name]), name
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """No signal was seen: rows after the checkpoint are dropped and made again."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny_job(whole))
+
+    def die(step: Step) -> None:
+        if step.iteration == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_job(parts), CPU, progress=die)
+    assert [step.iteration for step in run(tiny_job(parts))] == [5, 6]
+    assert _losses(parts) == _losses(whole)
+
+
+def test_a_second_signal_is_not_held_back(tmp_path: Path) -> None:
+    def twice(step: Step) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_job(tmp_path), CPU, progress=twice)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_loss_that_is_no_number_stops_with_the_names_of_the_cases(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, batches=make_batches(10, spoil=3))
+    with pytest.raises(InputError, match=r"the loss became nan in iteration 4, with a batch of the cases case_3_0, case_3_1; look at"):
+        train(job, CPU)
+    weights = _last(tmp_path)
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_checkpoint_of_another_plan_or_configuration_is_refused(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path))
+    with pytest.raises(SpecError, match="was trained for another plan"):
+        train(tiny_job(tmp_path, plan="other"), CPU)
+    with pytest.raises(SpecError, match=r"was trained with lr 0.01 \(now 0.5\); go on with the same settings"):
+        train(tiny_job(tmp_path, tiny_config(lr=0.5)), CPU)
+
+
+def test_what_changes_no_weight_may_change(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path))
+    assert run(tiny_job(tmp_path, tiny_config(keep=3, save_interval=1, workers=0, folds=("1",)))) == []
+
+
+def test_accumulated_batches_make_the_step_of_a_large_one(tmp_path: Path) -> None:
+    """Two halves of a batch, one after the other, give the gradient of the whole (instance normalisation, mean cross-entropy)."""
+
+    def halves(first: int):
+        for data, targets, names in make_batches(10)(first // 2):
+            for i in range(2):
+                yield data[i : i + 1], (targets[0][i : i + 1],), names[i : i + 1]
+
+    run(tiny_job(tmp_path / "large"))
+    run(tiny_job(tmp_path / "small", tiny_config(accumulation=2), batches=halves))
+    for a, b in zip(_losses(tmp_path / "large"), _losses(tmp_path / "small"), strict=True):
+        assert float(a) == pytest.approx(float(b), abs=1e-5)
+
+
+def test_global_generators_are_left_as_they_were(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    run(tiny_job(tmp_path))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_seed_decides_the_first_weights(tmp_path: Path) -> None:
+    a, b, c = ([s.loss for s in run(tiny_job(tmp_path / str(i), tiny_config(seed=seed)))] for i, seed in enumerate((1, 1, 2)))
+    assert a == b != c
+
+
+def test_the_profiler_writes_its_trace(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path, tiny_config(profile=(2, 4))))
+    trace = json.loads((tmp_path / "profile.json").read_text())
+    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path / "one"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(train_in_group, (2, str(tmp_path / "two"), port), nprocs=2, start_method="spawn")
+    for a, b in zip(_losses(tmp_path / "one"), _losses(tmp_path / "two"), strict=True):
+        assert float(a) == pytest.approx(float(b), abs=1e-5)  # the order of the sums differs
+    for a, b in zip(_rows(tmp_path / "one" / "validation.csv"), _rows(tmp_path / "two" / "validation.csv"), strict=True):
+        assert float(a["dice"]) == pytest.approx(float(b["dice"]), abs=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_the_pseudo_dice_is_hard_and_without_background(activation: str) -> None:
+    """MedicalSeg's was soft, took a sigmoid of softmax logits and counted the background."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(2, 3, 4, 5, 6)).astype(np.float32))
+    if activation == "softmax":
+        target = torch.from_numpy(rng.integers(-1, 3, (2, 4, 5, 6)))
+        pairs = [(logits.argmax(1) == k, target == k, target >= 0) for k in (1, 2)]
+    else:
+        target = torch.from_numpy(rng.integers(-1, 2, (2, 3, 4, 5, 6)))
+        pairs = [(logits[:, k] > 0, target[:, k] == 1, target[:, k] >= 0) for k in range(3)]
+    scores = _dice(_overlap(logits, target, Head(activation=activation, values=(0, 1, 2))))  # type: ignore[arg-type]
+    expected = [2 * int((p & t & u).sum()) / int((p & u).sum() + (t & u).sum()) for p, t, u in pairs]
+    assert scores == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_class_nobody_has_gives_no_number() -> None:
+    target = torch.zeros(1, 2, 2, dtype=torch.int64)
+    logits = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    assert all(math.isnan(score) for score in _dice(_overlap(logits, target, Head(activation="softmax", values=(0, 1, 2)))))
