@@ -1,0 +1,222 @@
+"""The layouts training data come in, each as a function from a folder to its cases; knows names only and opens no image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..io.cases import find_cases, image_suffix
+from .cases import TrainingCase
+from .dataset_json import Declared
+
+_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+_SHOWN = 5  # files a sentence names
+IMAGES, LABELS = ("images", "image", "imgs"), ("labels", "label", "masks", "mask", "segmentations")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Cases with labels, cases without, and the split the dataset itself makes; all sorted by name."""
+
+    cases: tuple[TrainingCase, ...]
+    tests: tuple[TrainingCase, ...] = ()
+    split: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+
+
+def described(folder: Path, declared: Declared) -> Found:
+    """Cases of a folder with a dataset.json: listed in it under "dataset" or "training", else those of imagesTr and labelsTr.
+
+    Raises
+    ------
+    InputError
+        When files are missing, images have no label map or label maps no image, or there are not "numTraining" cases.
+    """
+    values = declared.values
+    if isinstance(values.get("dataset"), dict):
+        found = Found(_sorted(_entry(folder, name, entry) for name, entry in values["dataset"].items()))
+    elif isinstance(values.get("training"), list) and values["training"]:
+        found = _decathlon(folder, values)
+    else:
+        found = _nnunet_raw(folder, len(declared.channels), values.get("file_ending"))
+    _check_exist(folder, found.cases)
+    wanted = values.get("numTraining")
+    if isinstance(wanted, int) and wanted != len(found.cases):
+        raise InputError(f"{folder}/dataset.json: numTraining is {wanted}, found {len(found.cases)} cases; complete the copy or correct it")
+    return found
+
+
+def listed(lists: Sequence[Path]) -> Found:
+    """Cases of text files with lines `images/a.npy labels/a.npy`, relative to the file; the first is for training, the second validates.
+
+    Raises
+    ------
+    InputError
+        When a line is not two file names or a file is missing.
+    """
+    parts = [[_line(path, number, line) for number, line in enumerate(_lines(path), 1) if line.strip()] for path in lists]
+    cases = _sorted(case for part in parts for case in part)
+    _check_exist(lists[0].parent, cases)
+    split = (_names(parts[0]), _names(parts[1])) if len(parts) == 2 else None
+    return Found(cases, split=split)
+
+
+def paired(images: Path, labels: Path) -> Found:
+    """Cases of two folders with equal file names (`case`, or `case_0000`, `case_0001`, ... for channels, beside the label map `case`).
+
+    Raises
+    ------
+    InputError
+        When images have no label map or label maps no image; the sentence names them.
+    """
+    maps = _by_stem(labels)
+    files = _by_stem(images)
+    groups: dict[str, list[Path]] = {}
+    for stem, path in files.items():
+        match = _CHANNEL.match(stem)
+        groups.setdefault(match["case"] if match and stem not in maps and match["case"] in maps else stem, []).append(path)
+    _check_pairs(groups, maps, images, labels)
+    return Found(tuple(TrainingCase(name, tuple(groups[name]), maps[name]) for name in sorted(groups)))
+
+
+def suffixed(images: Path, labels: Path, image_suffixes: Sequence[str], label_suffix: str) -> Found:
+    """Cases of folder trees whose files differ only in how their names end: `a_ct.nii.gz`, `a_pet.nii.gz` and `a_mask.nii.gz`.
+
+    Parameters
+    ----------
+    images, labels : roots that are searched; may be the same
+    image_suffixes : ends of the image's names before `.nii.gz`, one per channel; "" takes every file that is no label map
+    label_suffix : end of the label map's name
+
+    Raises
+    ------
+    InputError
+        When nothing fits, or a case lacks a channel or its label map.
+    """
+    maps = _keyed(labels, label_suffix, other=None)
+    channels = [_keyed(images, suffix, other=label_suffix if images == labels else None) for suffix in image_suffixes]
+    groups = {key: [channel[key] for channel in channels if key in channel] for key in sorted({k for c in channels for k in c})}
+    if short := [key for key, files in groups.items() if len(files) != len(channels)]:
+        need = ", ".join(image_suffixes)
+        raise InputError(f"{images}: {len(short)} of {len(groups)} cases lack one of {need}: {_some(_title(key) for key in short)}")
+    _check_pairs(groups, maps, images, labels)
+    last = [_title(key) for key in groups]
+    names = last if len(set(last)) == len(last) else ["_".join(part for part in key if part) for key in groups]
+    return Found(_sorted(TrainingCase(n, tuple(groups[k]), maps[k]) for n, k in zip(names, groups, strict=True)))
+
+
+def _entry(folder: Path, name: str, entry: Any) -> TrainingCase:
+    if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not isinstance(entry.get("label"), str):
+        raise InputError(f"{folder}/dataset.json: dataset.{name}: expected 'images' (a list of files) and 'label' (a file), got {entry!r}")
+    return TrainingCase(name, tuple(folder / str(image) for image in entry["images"]), folder / entry["label"])
+
+
+def _decathlon(folder: Path, values: Mapping[str, Any]) -> Found:
+    cases = []
+    for at, entry in enumerate(values["training"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not isinstance(entry.get("label"), str):
+            raise InputError(f"{folder}/dataset.json: training.{at}: expected 'image' and 'label', got {entry!r}")
+        image = folder / entry["image"]
+        cases.append(TrainingCase(_stem(image), (image,), folder / entry["label"]))
+    tests = [entry["image"] if isinstance(entry, dict) else str(entry) for entry in values.get("test") or ()]
+    present = [folder / test for test in tests if (folder / test).is_file()]
+    return Found(_sorted(cases), _sorted(TrainingCase(_stem(path), (path,)) for path in present))
+
+
+def _nnunet_raw(folder: Path, channels: int, ending: str | None) -> Found:
+    images, labels = folder / "imagesTr", folder / "labelsTr"
+    for part in (images, labels):
+        if not part.is_dir():
+            raise InputError(f"{folder}: {part.name} is missing; expected imagesTr and labelsTr beside dataset.json")
+    groups = {case.name: list(case.files) for case in find_cases(images, channels, ending)}
+    maps = _by_stem(labels, ending)
+    _check_pairs(groups, maps, images, labels)
+    cases = tuple(TrainingCase(name, tuple(groups[name]), maps[name]) for name in sorted(groups))
+    tests = folder / "imagesTs"
+    if not tests.is_dir() or not _by_stem(tests, ending):
+        return Found(cases)
+    return Found(cases, tuple(TrainingCase(case.name, case.files) for case in find_cases(tests, channels, ending)))
+
+
+def _check_pairs(groups: Mapping[Any, object], maps: Mapping[Any, object], images: Path, labels: Path) -> None:
+    """Refuse images without label map and label maps without image, by name."""
+    alone = [_title(key) for key in groups if key not in maps]
+    if alone:
+        raise InputError(f"{images}: {len(alone)} of {len(groups)} images have no label map in {labels}: {_some(alone)}")
+    alone = [_title(key) for key in maps if key not in groups]
+    if alone:
+        raise InputError(f"{labels}: {len(alone)} of {len(maps)} label maps have no image in {images}: {_some(alone)}")
+    if not groups:
+        raise InputError(f"{images}: found no image with a label map in {labels}")
+
+
+def _check_exist(folder: Path, cases: Iterable[TrainingCase]) -> None:
+    missing = [path for case in cases for path in (*case.images, *([case.labels] if case.labels else [])) if not path.exists()]
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} files that its list names are missing: {_some(str(path) for path in missing)}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as err:
+        raise InputError(f"{path}: not a readable list of images and labels ({err})") from err
+
+
+def _line(path: Path, number: int, line: str) -> TrainingCase:
+    parts = line.split()
+    if len(parts) != 2:
+        raise InputError(f"{path}, line {number}: expected an image and a label map, such as 'images/a.npy labels/a.npy', got {line!r}")
+    image = path.parent / parts[0]
+    return TrainingCase(_stem(image), (image,), path.parent / parts[1])
+
+
+def _by_stem(folder: Path, ending: str | None = None) -> dict[str, Path]:
+    """Image files of a folder by their name without suffix."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        fits = image_suffix(path) or path.suffix == ".npy" if ending is None else path.name.endswith(ending)
+        if path.name.startswith(".") or not (fits or path.is_dir()):
+            continue
+        if (stem := _stem(path)) in found:
+            raise InputError(f"{folder}: case {stem!r} is there twice ({found[stem].name}, {path.name}); keep one of them")
+        found[stem] = path
+    return found
+
+
+def _keyed(root: Path, suffix: str, *, other: str | None) -> dict[tuple[str, ...], Path]:
+    """Files below `root` whose name ends with `suffix` (and not with `other`), by where they lie and what their name says besides."""
+    found: dict[tuple[str, ...], Path] = {}
+    for path in sorted(root.rglob("*")):
+        stem = _stem(path)
+        if path.name.startswith(".") or not image_suffix(path) or not stem.endswith(suffix) or (other and stem.endswith(other)):
+            continue
+        key = (*path.relative_to(root).parts[:-1], stem.removesuffix(suffix))
+        if key in found:
+            raise InputError(f"{root}: {found[key].name} and {path.name} both end with {suffix!r} for one case; keep one of them")
+        found[key] = path
+    return found
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(image_suffix(path) or path.suffix) or None]
+
+
+def _title(key: str | tuple[str, ...]) -> str:
+    return key if isinstance(key, str) else next((part for part in reversed(key) if part), "image")
+
+
+def _sorted(cases: Iterable[TrainingCase]) -> tuple[TrainingCase, ...]:
+    return tuple(sorted(cases, key=lambda case: case.name))
+
+
+def _names(cases: Sequence[TrainingCase]) -> tuple[str, ...]:
+    return tuple(sorted(case.name for case in cases))
+
+
+def _some(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join(every[:_SHOWN]) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")
