@@ -148,7 +148,7 @@ class Head(Part):
 
     activation: Literal["softmax", "sigmoid"]
     values: tuple[LabelValue, ...] = Field(min_length=1)
-    threshold: float = Field(0.5, gt=0, lt=1)
+    threshold: float = Field(default=0.5, gt=0, lt=1)
 
 
 # ------------------------------------------------------------------ inference
