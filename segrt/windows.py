@@ -131,10 +131,9 @@ class Aggregator:
     def move_to(self, slab: Slab) -> None:
         """Begin at the slab's first plane: planes before it are forgotten, those after the last one are zero."""
         shift, depth = slab.base - self._base, self.logits.shape[1]
-        # piece by piece, for a copy within one array must not overlap itself on a GPU
-        for first in range(0, depth - shift if shift else 0, max(shift, 1)):
-            last = min(first + shift, depth - shift)
-            self.logits[:, first:last] = self.logits[:, first + shift : last + shift]
+        # plane by plane: a copy within one array must not overlap itself on a GPU, and NumPy holds what it may overlap twice
+        for plane in range(depth - shift if shift else 0):
+            self.logits[:, plane] = self.logits[:, plane + shift]
         if shift:
             self.logits[:, max(depth - shift, 0) :] = 0
         self._base = slab.base

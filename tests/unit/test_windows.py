@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -85,3 +86,17 @@ def test_slabs_hold_every_window_once_and_overlap_by_what_is_not_ready(starts: i
     for slab, following in pairwise(slabs):
         assert slab.ready == following.entries[0, 0] == following.base + 1
     assert slabs[-1].ready == slabs[-1].stop == 40
+
+
+def test_moving_to_the_next_slab_holds_its_planes_once() -> None:
+    plan = plan_windows((96, 64, 64), Inference(patch=(32, 64, 64)))
+    slabs = plan_slabs(plan, 1)
+    total = Aggregator(20, plan, "uniform", slabs=slabs, like=np.empty(0))
+    total.logits[...] = np.arange(33, dtype=np.float32)[:, None, None]
+    tracemalloc.start()
+    total.move_to(slabs[1])
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    shift = slabs[1].base - slabs[0].base
+    assert total.logits[:, :, 0, 0].tolist() == [[*range(shift, 33), *[0.0] * shift]] * 20
+    assert taken < 0.1 * total.logits.nbytes
