@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -105,18 +105,26 @@ def predict_many(
     targets = _targets(cases, folder, format)
 
     def run(case: Case, target: Path, chosen: Predictor) -> CaseResult:
-        return _one(case, target, chosen, overwrite, probabilities, previous, progress)
+        finished[case.name] = result = _one(case, target, chosen, overwrite, probabilities, previous, progress)
+        return result
 
-    for target, result in _as_completed(targets, predictors, run):
-        finished[result.name] = result
-        if result.status == "skipped" and _differs(earlier.get(result.name), now):
-            logger.warning("%s was made by another model or with other settings and is kept; --overwrite makes it again", target)
-        # after every case, so that whatever ends the run leaves a record of what is finished
+    def keep() -> None:
         _write_record([finished[case.name] for case, _ in targets if case.name in finished], predictors[0], folder)
-        if done:
-            done(result)
-        elif result.status == "failed":
-            logger.error("%s failed: %s", result.name, result.error)
+
+    try:
+        with closing(_as_completed(targets, predictors, run)) as results:
+            for target, result in results:
+                if result.status == "skipped" and _differs(earlier.get(result.name), now):
+                    logger.warning("%s was made by another model or with other settings and is kept; --overwrite makes it again", target)
+                # after every case, so that whatever ends the run leaves a record of what is finished
+                keep()
+                if done:
+                    done(result)
+                elif result.status == "failed":
+                    logger.error("%s failed: %s", result.name, result.error)
+    except KeyboardInterrupt:
+        keep()  # with the cases that others of several predictors finished after the run was stopped
+        raise
     return [finished[case.name] for case, _ in targets]
 
 

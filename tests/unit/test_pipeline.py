@@ -299,3 +299,24 @@ def test_a_case_that_fails_on_one_of_several_predictors_stops_no_other(cases: li
     predictors = [Predictor(Bundle(tmp_path / "model", make_spec()), engines=[CountingEngine(nearest((0, 1, 2)))]) for _ in range(2)]
     results = predict_many(cases, tmp_path / "out", predictors)
     assert [r.status for r in results] == ["failed", *["done"] * (len(cases) - 1)]
+
+
+def test_cases_in_work_when_the_run_is_stopped_are_in_the_record(cases: list[Case], tmp_path: Path) -> None:
+    """The first case's callback stops the run while the other predictor waits in the second case."""
+    stopped = threading.Event()
+
+    def network(patches: np.ndarray) -> np.ndarray:
+        stopped.wait(60)
+        return nearest((0, 1, 2))(patches)
+
+    def stop(result: CaseResult) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    engines = [FunctionEngine(nearest((0, 1, 2))), FunctionEngine(network)]
+    predictors = [Predictor(Bundle(tmp_path / "model", make_spec()), engines=[engine]) for engine in engines]
+    with pytest.raises(KeyboardInterrupt):
+        predict_many(cases, tmp_path / "out", predictors, done=stop)
+    labelled = sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
+    assert len(labelled) >= 2
+    assert sorted(c["output"] for c in record(tmp_path / "out")["cases"] if c["status"] == "done") == labelled
