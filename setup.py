@@ -33,7 +33,8 @@ CORE = [
 TORCH = ["torch>=2.13,<2.14", "safetensors>=0.5"]
 
 # arrays and kernels on a GPU; with the toolkit unpinned, PTX comes out newer than a CUDA 13.0 driver reads
-CUDA = ["cupy-cuda13x>=14.2,<15", "numba-cuda[cu13]>=0.30.4,<0.31", "cuda-toolkit==13.0.*"]
+# numba-cuda 0.30 asks NumPy for row_stack, which 2.5 no longer has, and then compiles nothing
+CUDA = ["cupy-cuda13x>=14.2,<15", "numba-cuda[cu13]>=0.30.4,<0.31", "numpy<2.5", "cuda-toolkit==13.0.*"]
 
 EXTRAS = {
     "export": [*TORCH, "onnx>=1.21", "onnxscript>=0.7"],
