@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
 from inspect import signature
+from threading import Lock
 from types import FunctionType
 from typing import Any, Literal
 from zlib import crc32
@@ -39,6 +40,8 @@ Target = Literal["cuda", "loop"]
 
 _THREADS = 256
 _MOST_BLOCKS = 65535  # along y and z
+# threads that meet at a kernel's first launch crash numba-cuda, the whole process with it; Python lets one of them launch at a time anyway
+_ONE_AT_A_TIME = Lock()
 _simulate_cuda = False
 _record: list[Launch] | None = None
 
@@ -95,6 +98,8 @@ class ThreadKernel:
     @cached_property
     def cuda(self) -> Any:
         """The CUDA kernel (deep, high, wide, *arguments)."""
+        if not config.ENABLE_CUDASIM:
+            _check_numpy()
         return cuda.jit(self.source_function("cuda"), cache=not config.ENABLE_CUDASIM)
 
     @cached_property
@@ -147,6 +152,16 @@ def _names(function: FunctionType) -> set[str]:
     return set(function.__code__.co_names)
 
 
+def _check_numpy() -> None:
+    """Raise a BackendError when numba-cuda is older than this NumPy: it imports then, and fails at the first kernel."""
+    try:
+        import_module("numba.cuda.np.arrayobj")
+    except AttributeError as err:
+        raise BackendError(
+            f"numba-cuda does not work with NumPy {np.__version__} ({err}); pip install 'segrt[cuda]' brings one it does"
+        ) from err
+
+
 def launch(kernel: ThreadKernel, shape: Shape3, *arguments: Any) -> None:
     """Run a kernel for every (z, y, x) of `shape`, on CuPy's current stream when its arrays lie on a GPU.
 
@@ -154,6 +169,8 @@ def launch(kernel: ThreadKernel, shape: Shape3, *arguments: Any) -> None:
     ------
     InputError
         When `shape` has more planes than one launch can have.
+    BackendError
+        When numba-cuda does not work with the installed NumPy.
     """
     assert len(arguments) == len(kernel.parameters), f"{kernel.name} takes {kernel.parameters}"
     assert not any(isinstance(a, float) and not isinstance(a, np.floating) for a in arguments), "a Python float is float64: pass np.float32"
@@ -169,12 +186,33 @@ def launch(kernel: ThreadKernel, shape: Shape3, *arguments: Any) -> None:
     if isinstance(first, Simulated):
         # in place: the simulator would copy what is not contiguous
         fake = cuda.devicearray.FakeCUDAArray
-        kernel.cuda[grid, block](*shape, *(fake(np.asarray(a)) if isinstance(a, np.ndarray) else a for a in arguments))
+        with _ONE_AT_A_TIME:
+            kernel.cuda[grid, block](*shape, *(fake(np.asarray(a)) if isinstance(a, np.ndarray) else a for a in arguments))
         return
     cupy = require("cupy", extra="gpu")
-    stream = cuda.external_stream(cupy.cuda.get_current_stream().ptr)
-    foreign = (cuda.as_cuda_array(a, sync=False) if isinstance(a, cupy.ndarray) else a for a in arguments)
-    kernel.cuda[grid, block, stream](*(np.int32(n) for n in shape), *foreign)
+    with _ONE_AT_A_TIME:
+        stream = _stream(cupy.cuda.get_current_stream().ptr)
+        views = (_view(a.data.ptr, a.shape, _strides(a), a.dtype) if isinstance(a, cupy.ndarray) else a for a in arguments)
+        kernel.cuda[grid, block, stream](*(np.int32(n) for n in shape), *views)
+
+
+# Numba's names for CuPy's memory and streams take longer to make than a launch: equal ones are made once. They own nothing;
+# the caller holds the arrays, and CuPy gives their memory to nobody but later work of the same stream
+@lru_cache(1024)
+def _view(address: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: np.dtype[Any]) -> Any:
+    described = {"shape": shape, "strides": strides, "typestr": dtype.str, "data": (address, False), "version": 3}
+    return cuda.from_cuda_array_interface(described, sync=False)
+
+
+def _strides(array: Any) -> tuple[int, ...] | None:
+    """None says C-contiguous to Numba, whatever the strides of axes of one element are."""
+    strides: tuple[int, ...] | None = None if array.flags.c_contiguous else array.strides
+    return strides
+
+
+@lru_cache(64)
+def _stream(address: int) -> Any:
+    return cuda.external_stream(address)
 
 
 def _for_loop(array: Array) -> Array:
