@@ -37,11 +37,12 @@ def check_alone(job: Job) -> Callable[[Setting], dict[str, Any]]:
     """A job for compute-sanitizer: every array in memory of its own, so that a step beside one is seen."""
 
     def run(setting: Setting) -> dict[str, Any]:
-        if setting.on_gpu:
-            import cupy
+        if not setting.on_gpu:
+            return {"largest_error": check(job, setting.device)}
+        import cupy
 
-            cupy.cuda.set_allocator(None)
-        return {"largest_error": check(job, setting.device)}
+        with cupy.cuda.using_allocator(None):  # no pool
+            return {"largest_error": check(job, setting.device)}
 
     return run
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,8 @@ def to_device(array: Array, device: str) -> Any:
     if device == "simulated":
         return np.array(array, order="C").view(Simulated)
     with use_device(device):
-        return _upload(np.ascontiguousarray(array))
+        # CuPy has no types of the other byte order
+        return _upload(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 
 def to_host(array: Any) -> Array:
@@ -117,8 +119,31 @@ def compute_on(device: str, stream: Any) -> Iterator[None]:
     if stream is None:
         yield
         return
-    with use_device(device), stream:
+    memory = require("cupy", extra="gpu").cuda
+    with use_device(device), memory.using_allocator(patient(memory.get_allocator())), stream:
         yield
+
+
+def patient(allocate: Callable[[int], Any]) -> Callable[[int], Any]:
+    """Make an allocator that has PyTorch give back the memory it keeps, and tries again, before it says that there is none."""
+
+    def again(size: int) -> Any:
+        try:
+            return allocate(size)
+        except MemoryError:
+            torch = _torch_on_gpu()
+            if torch is None:
+                raise
+            torch.empty_cache()
+            return allocate(size)
+
+    return again
+
+
+def _torch_on_gpu() -> Any:
+    """torch.cuda where this process has computed with it; None elsewhere."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def wait_for(stream: Any) -> None:
@@ -160,12 +185,25 @@ def count_gpus() -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory of a GPU that new arrays can take, CuPy's own unused blocks included; 0 for other devices."""
-    if device_number(device) is None:
+    """Memory of a GPU that new arrays can take, with what CuPy and PyTorch keep of what they freed; 0 for other devices."""
+    number = device_number(device)
+    if number is None:
         return 0
     with use_device(device):
-        cupy = require("cupy", extra="gpu")
-        return int(cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes())
+        cupy, torch = require("cupy", extra="gpu"), _torch_on_gpu()
+        kept = torch.memory_reserved(number) - torch.memory_allocated(number) if torch else 0
+        return int(cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes() + kept)
+
+
+def give_back(device: str) -> None:
+    """Give back what CuPy and PyTorch keep of the memory they freed: each has it out of the reach of all other libraries."""
+    if device_number(device) is None:
+        return
+    with use_device(device):
+        require("cupy", extra="gpu").get_default_memory_pool().free_all_blocks()
+    torch = _torch_on_gpu()
+    if torch is not None:
+        torch.empty_cache()
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, Shape3, require
-from ..device import device_number, get_xp, memory_errors
+from ..arrays import Array, Shape3
+from ..device import get_xp, give_back, memory_errors
 from . import Engine
 
 # what cuDNN says when none of its algorithms finds room
@@ -56,9 +56,7 @@ def smaller_batch_after_memory_error(engine: Engine) -> Iterator[None]:
             yield
     except MemoryError:
         engine.batch = max(1, engine.batch // 2)
-        # CuPy keeps what it freed, out of the reach of other libraries
-        if device_number(engine.device) is not None:
-            require("cupy", extra="gpu").get_default_memory_pool().free_all_blocks()
+        give_back(engine.device)
         raise
 
 
