@@ -26,8 +26,12 @@ class TrainConfig(Part):
     ----------
     model, planner, configuration : what is trained; planner and configuration are nnU-Net's names ("3d_fullres", "resenc_m", ...)
     folds : "0" .. "4" of `split`, or "all" to train on every case
-    split : "kfold" (nnU-Net's five), "shuffled:0.75" or "sorted:0.8" (one fold with that share in training), or the path of a JSON file
+    split : "kfold" (nnU-Net's five), "shuffled:0.75" or "sorted:0.8" (one fold with that share in training), or the path of a JSON file;
+        "auto" is the dataset's own where it has one, else kfold, for a V-Net shuffled:0.75
+    memory_gb : GPU memory nnU-Net's planner plans for, instead of the preset's
     batch_size, patch, width : override the plan; width is a factor on the network's features
+    window, sliding, resampling : of a V-Net, see `plan_vnet`; `patch` is the shape its images are resized to
+    cache : dtype of prepared cases on disk
     momentum, nesterov : of SGD
     betas : of Adam and AdamW
     weight_decay : L2 regularisation as the optimizer defines it (AdamW: decoupled); `l1` adds l1 * sum |w| to the gradient's loss
@@ -48,12 +52,17 @@ class TrainConfig(Part):
     planner: Literal["default", "resenc_m", "resenc_l", "resenc_xl"] = "default"
     configuration: str = "3d_fullres"
     folds: tuple[str, ...] = Field(("0",), min_length=1)
-    split: str = "kfold"
+    split: str = "auto"
+    memory_gb: float | None = Field(None, gt=0)
     iterations: Positive = 250_000
     epoch: Positive = 250
     batch_size: Positive | None = None
     patch: tuple[Size, Size, Size] | None = None
     width: float = Field(1.0, gt=0)
+    window: Literal["auto", "article", "abdomen", "percentile", "zscore", "none"] | tuple[float, float] = "auto"
+    sliding: bool = False
+    resampling: Literal["linear", "cubic"] = "linear"
+    cache: Literal["float32", "float16"] = "float32"
     deep_supervision: bool = True
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(1e-2, gt=0)
@@ -117,7 +126,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "nnunet": {},
     "vnet": {
         "configuration": "vnet",
-        "split": "shuffled:0.75",
         "iterations": 30_000,
         "batch_size": 6,
         "deep_supervision": False,

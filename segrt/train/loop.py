@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..spec import Head
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .optim import build_optimizer, build_schedule, clip_gradients
+from .processes import add_up, agree, parallel, processes, rank, synchronised, wait_for_all
 from .records import Records
+from .surroundings import gpu_settings, opened, profiler, seeded, signals
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +67,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration as progress shows it; `dice` is the mean pseudo Dice (NaN until the first), times are in s."""
+    """One iteration as progress shows it; `dice` is the mean pseudo Dice (None until the first validation), times are in s."""
 
     iteration: int
     iterations: int
     loss: float
-    dice: float
+    dice: float | None
     lr: float
     batch_cost: float
     reader_cost: float
@@ -94,11 +94,11 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
     SpecError
         When the checkpoint belongs to another plan or configuration.
     """
-    config, first = job.config, _rank() == 0
+    config, first = job.config, rank() == 0
     with ExitStack() as stack:
-        stack.enter_context(_seeded(config.seed + _rank(), device))
-        stop = stack.enter_context(_signals())
-        stack.enter_context(_settings(device))
+        stack.enter_context(seeded(config.seed + rank(), device))
+        stop = stack.enter_context(signals())
+        stack.enter_context(gpu_settings(device))
 
         network = job.build().to(device).train()
         optimizer = build_optimizer(network.parameters(), config)
@@ -106,15 +106,17 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
         start, kept = job.checkpoints.resume(parts)
-        dice, average, best = kept.get("dice", math.nan), kept.get("average"), kept.get("best", -math.inf)
+        dice, average, best = kept.get("dice"), kept.get("average"), kept.get("best")
+        if start >= config.iterations:
+            return True
         if start:
             logger.info("%s: going on from iteration %d of %d", job.folder, start, config.iterations)
-        model = _parallel(network, device)
-        batches = stack.enter_context(_opened(job.batches, start * config.accumulation))
+        model = parallel(network, device)
+        batches = stack.enter_context(opened(job.batches, start * config.accumulation))
         validated = start // config.validation_interval * config.validation_batches
-        validation = stack.enter_context(_opened(job.validation, validated))
+        validation = stack.enter_context(opened(job.validation, validated))
         records = stack.enter_context(Records(job.folder, job.classes, iteration=start)) if first else None
-        profiler = stack.enter_context(_profiler(config, start, job.folder)) if first else None
+        recorder = stack.enter_context(profiler(config, start, job.folder)) if first else None
         pace = _Pace()
 
         for iteration in range(start + 1, config.iterations + 1):
@@ -126,14 +128,14 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                 reading += time.perf_counter() - asked
                 data = data.to(device, non_blocking=True)
                 targets = [target.to(device, non_blocking=True) for target in targets]
-                with _synchronised(model, part == config.accumulation - 1):
+                with synchronised(model, last=part == config.accumulation - 1):
                     with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
                         outputs = _levels(model(data))
                     loss, _ = job.loss(outputs, targets)
                     torch.autograd.backward(scaler.scale(loss / config.accumulation))
                 total += loss.item() / config.accumulation
                 names += cases
-            mean, stopping = _agreed(total, bool(stop), device)
+            mean, stopping = agree(total, bool(stop), device)
             if not math.isfinite(mean):
                 raise InputError(_not_a_number(iteration, mean, names, config))
             if config.clip:
@@ -146,7 +148,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             optimizer.zero_grad(set_to_none=True)
             cost = time.perf_counter() - began
 
-            shown = math.nan
+            shown = None
             if iteration % config.log_interval == 0:
                 shown = _mean(_dice(_overlap(outputs[0].detach(), targets[0], job.head)))
             if records:
@@ -155,20 +157,21 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             if config.validation_batches and (iteration % config.validation_interval == 0 or iteration == config.iterations):
                 validation_loss, scores = _validate(network, validation, job, device)
                 dice = _mean(scores)
-                if not math.isnan(dice):
+                if dice is not None:
                     average = dice if average is None else _MOMENTUM * average + (1 - _MOMENTUM) * dice
                 if records:
-                    records.validation(iteration, validation_loss, scores, dice, math.nan if average is None else average)
-                if first and average is not None and average > best:
+                    records.validation(iteration, {"loss": validation_loss, "dice": dice, "average": average}, scores)
+                if average is not None and (best is None or average > best):
                     best = average
-                    job.checkpoints.save_best(iteration, network, {"average": average})
+                    if first:
+                        job.checkpoints.save_best(iteration, network, {"average": average})
             if iteration % config.save_interval == 0 or iteration == config.iterations or stopping:
                 if records:
                     job.checkpoints.save(iteration, parts, {"dice": dice, "average": average, "best": best})
                     records.flush()
-                _wait_for_all()
-            if profiler:
-                profiler.step()
+                wait_for_all()
+            if recorder:
+                recorder.step()
             if progress and first:
                 left = (config.iterations - iteration) * pace(time.perf_counter() - began)
                 progress(Step(iteration, config.iterations, mean, dice, lr, cost, reading, left))
@@ -196,10 +199,8 @@ def _validate(network: nn.Module, batches: Iterator[Batch], job: Job, device: to
             total += job.loss(outputs, targets[: len(outputs)])[0]
             counts += _overlap(outputs[0], targets[0], job.head)
     network.train()
-    if distributed.is_initialized():
-        distributed.all_reduce(counts)
-        distributed.all_reduce(total)
-    return float(total) / config.validation_batches / _processes(), _dice(counts)
+    add_up(counts, total)
+    return float(total) / config.validation_batches / processes(), _dice(counts)
 
 
 def _overlap(logits: Tensor, target: Tensor, head: Head) -> Tensor:
@@ -229,9 +230,9 @@ def _dice(counts: Tensor) -> list[float]:
     return scores
 
 
-def _mean(scores: Sequence[float]) -> float:
+def _mean(scores: Sequence[float]) -> float | None:
     present = [score for score in scores if not math.isnan(score)]
-    return sum(present) / len(present) if present else math.nan
+    return sum(present) / len(present) if present else None
 
 
 def _not_a_number(iteration: int, loss: float, names: Sequence[str], config: TrainConfig) -> str:
@@ -252,110 +253,3 @@ class _Pace:
     def __call__(self, seconds: float) -> float:
         self._mean = seconds if self._mean is None else 0.98 * self._mean + 0.02 * seconds
         return self._mean
-
-
-# ------------------------------------------------------------------ the surroundings of the loop
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Fresh weights and dropout from `seed`; torch's generators are what they were before after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _settings(device: torch.device) -> Iterator[None]:
-    """On a GPU let cuDNN look for the fastest algorithms, for the shapes never change."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True) if device.type == "cuda" else nullcontext():
-        yield
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that fills when SIGINT or SIGTERM asks to stop; the second one of a kind stops at once, as without us."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    try:
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            before[number] = signal.getsignal(number)
-            signal.signal(number, note)
-    except ValueError:
-        logger.debug("not in the main thread: signals are left alone")
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is note:
-                signal.signal(number, handler)
-
-
-@contextmanager
-def _opened(batches: Batches, first: int) -> Iterator[Iterator[Batch]]:
-    """The batches from number `first` on; their workers end with the block."""
-    iterator = batches(first)
-    try:
-        yield iterator
-    finally:
-        close = getattr(iterator, "close", None)
-        if close:
-            close()
-
-
-@contextmanager
-def _profiler(config: TrainConfig, start: int, folder: Path) -> Iterator[Any]:
-    """torch's profiler over the iterations asked for, into profile.json (chrome://tracing); None without."""
-    if config.profile is None or config.profile[0] < start:
-        yield None
-        return
-    first, last = config.profile
-    warmup = min(1, first - start)
-    schedule = torch.profiler.schedule(wait=first - start - warmup, warmup=warmup, active=last - first, repeat=1)
-
-    def write(profile: torch.profiler.profile) -> None:
-        profile.export_chrome_trace(str(folder / "profile.json"))
-        logger.info("%s: time by operation\n%s", folder, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
-
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
-        yield profiler
-
-
-# ------------------------------------------------------------------ several processes
-def _rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def _parallel(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network with gradients averaged over all processes; itself in a single one."""
-    if not distributed.is_initialized():
-        return network
-    if device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-    return nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
-
-
-def _synchronised(model: nn.Module, last: bool) -> Any:
-    """Gradients travel between processes only with the last batch of a step."""
-    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) and not last else nullcontext()
-
-
-def _agreed(loss: float, stop: bool, device: torch.device) -> tuple[float, bool]:
-    """The mean loss of all processes, and whether any of them was asked to stop."""
-    if not distributed.is_initialized():
-        return loss, stop
-    values = torch.tensor([loss / _processes(), float(stop)], dtype=torch.float64, device=device)
-    distributed.all_reduce(values)
-    return float(values[0]), bool(values[1])
-
-
-def _wait_for_all() -> None:
-    if distributed.is_initialized():
-        distributed.barrier()

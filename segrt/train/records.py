@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import sys
@@ -46,21 +47,22 @@ class Records:
         tensorboard = require("torch.utils.tensorboard", extra="train")
         self._board = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
 
-    def training(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Add the numbers of an iteration: loss, dice (NaN where not taken), lr, batch_cost and reader_cost in s."""
+    def training(self, iteration: int, values: Mapping[str, float | None]) -> None:
+        """Add the numbers of an iteration: loss, dice (None where not taken), lr, batch_cost and reader_cost in s."""
         self._training.add(iteration, values)
-        for name, value in values.items():
-            if value == value:
-                self._board.add_scalar(f"train/{name}", value, iteration)
+        self._show("train", iteration, values)
 
-    def validation(self, iteration: int, loss: float, dice: Sequence[float], mean: float, average: float) -> None:
-        """Add the pseudo Dice per class, its mean, and the mean's moving average."""
-        classes = dict(zip(self._classes, dice, strict=True))
-        self._validation.add(iteration, {"loss": loss, "dice": mean, "average": average} | classes)
-        for name, value in {"loss": loss, "mean_dice": mean, "average_dice": average}.items():
-            self._board.add_scalar(f"validation/{name}", value, iteration)
-        for name, value in classes.items():
-            self._board.add_scalar(f"validation/dice/{name}", value, iteration)
+    def validation(self, iteration: int, values: Mapping[str, float | None], dice: Sequence[float]) -> None:
+        """Add a validation: loss, mean dice and its moving average, and the pseudo Dice per class (NaN where there is none)."""
+        classes = {name: None if math.isnan(score) else score for name, score in zip(self._classes, dice, strict=True)}
+        self._validation.add(iteration, {**values, **classes})
+        self._show("validation", iteration, values)
+        self._show("validation/class", iteration, classes)
+
+    def _show(self, group: str, iteration: int, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(f"{group}/{name}", value, iteration)
 
     def flush(self) -> None:
         """Bring what was added to the disk."""
@@ -88,8 +90,8 @@ class _Table:
         self._writer.writerows(rows)
         self.flush()
 
-    def add(self, iteration: int, values: Mapping[str, float]) -> None:
-        self._writer.writerow({"iteration": iteration} | {k: repr(float(v)) if v == v else "" for k, v in values.items()})
+    def add(self, iteration: int, values: Mapping[str, float | None]) -> None:
+        self._writer.writerow({"iteration": iteration} | {k: "" if v is None else repr(float(v)) for k, v in values.items()})
 
     def flush(self) -> None:
         self._file.flush()

@@ -1,0 +1,61 @@
+"""A plan's configuration with what a `TrainConfig` overrides; TRAIN, between the plan and the preparation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import SpecError
+from ..spec import ModelSpec, UNetSpec, parse_spec
+from .config import TrainConfig
+from .configuration import Configuration, Plan
+
+
+def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = None) -> Configuration:
+    """Give the configuration to train: the plan's with another batch, patch or width where the config has them.
+
+    Raises
+    ------
+    SpecError
+        When the plan has no such configuration, or its network cannot take that patch.
+    """
+    name = name or config.configuration
+    if name not in plan.configurations:
+        raise SpecError(f"configuration: expected one the plan has ({', '.join(plan.configurations)}), got {name!r}")
+    planned = plan.configurations[name]
+    changes: dict[str, Any] = {"spec": _spec(planned.spec, config)}
+    if config.batch_size:
+        changes["batch_size"] = config.batch_size
+    if not config.deep_supervision:
+        changes["deep_supervision"] = False
+    return planned.model_copy(update=changes)
+
+
+def _spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
+    values = spec.model_dump(by_alias=True)
+    if config.patch and config.model == "nnunet":
+        values["inference"]["patch"] = _patch(spec, config.patch)
+    if config.augmentation == "none":
+        # a network that never saw a mirrored image is not averaged over them
+        values["inference"]["mirror_axes"] = ()
+    if config.width != 1 and isinstance(spec.network, UNetSpec):
+        values["network"]["features"] = tuple(max(1, round(n * config.width)) for n in spec.network.features)
+    return parse_spec(values, where="training")
+
+
+def _patch(spec: ModelSpec, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    network = spec.network
+    if not isinstance(network, UNetSpec):
+        return patch
+    if network.dimensions == 2 and patch[0] != 1:
+        raise SpecError(f"patch: a 2-D configuration sees single slices, so z is 1, got {patch}")
+    sides = patch[3 - network.dimensions :]
+    for axis, side in enumerate(sides):
+        factor = 1
+        for stride in network.strides:
+            factor *= stride[axis]
+        if side % factor:
+            name = "zyx"[axis + 3 - network.dimensions]
+            raise SpecError(
+                f"patch: the planned network halves axis {name} to 1/{factor}, so its side is a multiple of {factor}, got {side}"
+            )
+    return patch

@@ -1,0 +1,55 @@
+"""Several processes that train one network together (`torchrun`); alone, every function here does nothing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+
+def rank() -> int:
+    """This process's number; 0 for the one that keeps the records."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def parallel(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with gradients averaged over all processes; itself in a single one."""
+    if not distributed.is_initialized():
+        return network
+    if device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+
+
+def synchronised(model: nn.Module, *, last: bool) -> Any:
+    """A block whose gradients travel between processes only with the last batch of a step."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) and not last else nullcontext()
+
+
+def agree(loss: float, stop: bool, device: torch.device) -> tuple[float, bool]:
+    """The mean loss of all processes, and whether any of them was asked to stop."""
+    if not distributed.is_initialized():
+        return loss, stop
+    values = torch.tensor([loss / processes(), float(stop)], dtype=torch.float64, device=device)
+    distributed.all_reduce(values)
+    return float(values[0]), bool(values[1])
+
+
+def add_up(*tensors: torch.Tensor) -> None:
+    """Sum each tensor over all processes, in place."""
+    if distributed.is_initialized():
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if distributed.is_initialized():
+        distributed.barrier()
