@@ -22,6 +22,30 @@ logger = logging.getLogger(__name__)
 _PRECISIONS = {"cpu": ("fp32", "bf16"), "gpu": ("fp32", "fp16", "bf16")}
 
 
+class _Settings:
+    """cuDNN's settings while an engine runs: they are the process's, so of several engines at once the last one out puts them back."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._before = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._running:
+                cudnn = require("torch", extra="export").backends.cudnn
+                # deterministic, for repeated runs give equal bytes; without tf32, for fp32 means it
+                self._before.enter_context(cudnn.flags(enabled=True, benchmark=True, deterministic=True, allow_tf32=False))
+            self._running += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                self._before.close()
+
+
+_SETTINGS = _Settings()
+
+
 class TorchEngine:
     """A torch module in evaluation mode, on memory shared with CuPy or NumPy.
 
@@ -107,9 +131,7 @@ class TorchEngine:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=self._precision == "bf16"))
             else:
                 stack.enter_context(use_device(self.device))
-                # deterministic, for repeated runs give equal bytes; without tf32, for fp32 means it
-                flags = {"enabled": True, "benchmark": True, "deterministic": True, "allow_tf32": False}
-                stack.enter_context(torch.backends.cudnn.flags(**flags))
+                stack.enter_context(_SETTINGS)
             if self._number is not None:
                 stack.enter_context(torch.cuda.stream(_torch_stream(torch, self._number)))
             yield

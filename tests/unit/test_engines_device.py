@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +28,9 @@ from segrt.engines.batches import gpu_batch, in_batches
 from segrt.engines.onnxrt import check_cuda_provider, runtime_errors
 from segrt.engines.pytorch import TorchEngine
 from segrt.errors import BackendError, InputError
-from segrt.export.typed import typed_onnx
+from segrt.export.engine import build_engine
+from segrt.export.onnx import export_onnx
+from segrt.export.typed import typed_onnx, write_typed
 from segrt.networks import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,6 +206,34 @@ def test_nothing_global_is_left_changed(bundle: Bundle) -> None:
     assert not torch.is_inference_mode_enabled()
 
 
+def test_engines_that_run_at_once_keep_their_settings() -> None:
+    """cuDNN's settings are the process's: an engine that is done must not take them from one that still runs."""
+    cudnn = torch.backends.cudnn
+    before, seen = cudnn.deterministic, []
+    inside, one_is_done = threading.Barrier(2), threading.Event()
+
+    class Waits(torch.nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.first = first
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inside.wait(10)
+            if not self.first:
+                assert one_is_done.wait(10)
+            seen.append((cudnn.deterministic, cudnn.allow_tf32))
+            return x
+
+    def run(first: bool) -> None:
+        TorchEngine(Waits(first), classes=1, dimensions=3, device="simulated")(simulated(np.zeros((1, 1, 2, 2, 2), np.float32)))
+        one_is_done.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, (True, False)))
+    assert seen == [(True, False)] * 2
+    assert cudnn.deterministic == before
+
+
 @pytest.mark.slow
 @torch_itself_warns
 def test_a_compiled_network_gives_the_same_logits(copy: Bundle) -> None:
@@ -267,17 +299,6 @@ def test_another_error_of_torch_is_not_one_of_memory() -> None:
 # ONNX Runtime
 
 
-def write_typed(bundle: Bundle, member: str) -> Path:
-    """What a build for fp16 leaves beside the fp32 file."""
-    path = bundle.onnx_path(f"{member}-fp16")
-    path.write_bytes(typed_onnx(bundle.onnx_path(member), "fp16", outputs="fp16"))
-    record = path.parent / "build.json"
-    values = json.loads(record.read_text())
-    values["sha256"][path.stem] = sha256(path)
-    record.write_text(json.dumps(values))
-    return path
-
-
 def test_onnxruntime_takes_the_typed_file_for_fp16(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     write_typed(bundle, "0")
     patches = patches_for(bundle, 3)
@@ -293,7 +314,30 @@ def test_onnxruntime_without_the_typed_file_computes_in_fp32_and_says_so(copy: B
     with caplog.at_level(logging.WARNING):
         engine = open_engine(copy, "0", backend="onnxruntime", precision="fp16", device="simulated")
     assert engine.name == "onnxruntime, simulated, fp32"
-    assert "0-fp16.onnx is missing: ONNX Runtime computes in fp32; make it with: segrt-build" in caplog.text
+    assert "0-fp16.onnx is missing or old: ONNX Runtime computes in fp32; make it with: segrt-build" in caplog.text
+
+
+def test_a_build_for_fp16_writes_the_typed_file_and_verifies_it(copy: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    report = build_engine(copy, backend="onnxruntime", device="simulated", precision="fp16", force=True)
+    for member, check in report["members"].items():
+        assert check["engine"] == "onnxruntime, simulated, fp16"
+        assert 1e-5 < check["relative_error"] < 0.02
+        assert copy.onnx_path(f"{member}-fp16").is_file()
+    assert "missing" not in caplog.text
+
+
+def test_openvino_keeps_its_precision_where_there_is_a_gpu(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
+    report = build_engine(copy, backend="openvino", device="cuda")
+    assert report["key"].endswith("cpu-fp32")
+
+
+def test_the_typed_file_of_an_earlier_export_is_not_used(copy: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    write_typed(copy, "0")
+    shutil.copyfile(copy.weights_path("1"), copy.weights_path("0"))
+    export_onnx(copy, members=["0"])
+    assert open_engine(copy, "0", backend="onnxruntime", precision="fp16", device="simulated").name.endswith("fp32")
+    assert "0-fp16.onnx is missing or old" in caplog.text
 
 
 def test_a_changed_typed_file_is_refused(copy: Bundle) -> None:
