@@ -38,7 +38,7 @@ CUDA = ["cupy-cuda13x>=14.2,<15", "numba-cuda[cu13]>=0.30.4,<0.31", "numpy<2.5",
 
 EXTRAS = {
     "export": [*TORCH, "onnx>=1.21", "onnxscript>=0.7"],
-    "train": [*TORCH],
+    "train": [*TORCH, "batchgeneratorsv2>=0.3.6,<0.4", "blosc2>=4.1,<5"],
     # ort and gpu write the same folder of site-packages and pip does not notice: never install both.
     "ort": ["onnxruntime>=1.31,<2"],
     "gpu": [*CUDA, "onnxruntime-gpu>=1.31,<2"],

@@ -67,6 +67,34 @@ def preprocess(volume: Volume, spec: ModelSpec, *, previous: Array | None = None
     return data, placement
 
 
+def place_labels(labels: Array, volume: Volume, spec: ModelSpec, placement: Placement) -> Array:
+    """Bring a label map of the image onto its working grid, as `preprocess` brings the labels of a stage before; TRAIN's targets.
+
+    Parameters
+    ----------
+    labels : (Z, Y, X) any integer dtype, on the image's own grid; not modified
+    volume : the image; when the spec crops to what is not zero, background outside that becomes -1
+    placement : from `preprocess`
+
+    Returns
+    -------
+    (Z, Y, X) int16 on the working grid
+
+    Raises
+    ------
+    InputError
+        When the labels have another shape than the image.
+    """
+    if labels.shape != volume.grid.shape:
+        raise InputError(f"{volume.name}: its labels have shape {labels.shape}, the image {volume.grid.shape}")
+    turned = labels.transpose(spec.transpose)[placement.slices]
+    if spec.crop_nonzero:
+        image = volume.data.transpose(0, *(axis + 1 for axis in spec.transpose))[(slice(None), *placement.slices)]
+        turned = mark_outside(turned, include(nonzero_mask(image), turned))
+    placed: Array = _resample_labels(turned, spec, placement).astype(np.int16)
+    return placed
+
+
 def _beside(labels: Array, image: Array) -> Array:
     """The labels where the image lies."""
     if on_device(image):
@@ -161,14 +189,15 @@ def _one_hot(labels: Array, mask: Array, spec: ModelSpec, placement: Placement, 
     """Resample the labels of the stage before and write one channel per label into `out`."""
     assert spec.previous is not None
     # nnU-Net marks background outside the non-zero mask by -1 before it resamples; that competes at the borders
-    marked = mark_outside(labels, mask)
+    one_hot(_resample_labels(mark_outside(labels, mask), spec, placement), spec.previous.values, out)
+
+
+def _resample_labels(labels: Array, spec: ModelSpec, placement: Placement) -> Array:
     how = spec.resample_labels
     separate = how.separate_axis(placement.transposed_spacing, placement.spacing)
     if how.method == "linear":
-        resampled = resize_labels_linear(marked, placement.shape, separate=separate)
-    else:
-        resampled = resize_labels(marked, placement.shape, order=how.order, separate=separate, order_z=how.order_z)
-    one_hot(resampled, spec.previous.values, out)
+        return resize_labels_linear(labels, placement.shape, separate=separate)
+    return resize_labels(labels, placement.shape, order=how.order, separate=separate, order_z=how.order_z)
 
 
 def _triple(values: Iterable[_T]) -> tuple[_T, _T, _T]:

@@ -1,0 +1,61 @@
+"""TRAIN, label values become what the loss compares with: class indices or regions, at every resolution the network is supervised at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..spec import ModelSpec
+
+IGNORED = -1
+
+
+def make_targets(labels: Tensor, spec: ModelSpec, scales: Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
+    """Return one target per scale; a single one when all scales are alike.
+
+    Parameters
+    ----------
+    labels : ([z,] y, x) int16 label values; -1 (outside the image) is background
+    scales : shares of the axes, finest first
+
+    Returns
+    -------
+    tuple of ([z,] y, x) int16, k where the label is `spec.head.values[k]`; for regions (K, [z,] y, x) int8, 1 where the label is one of
+    region k's. -1 where the label is the ignored one.
+    """
+    convert = _regions if spec.head.activation == "sigmoid" else _indices
+    distinct = tuple(dict.fromkeys(tuple(scale) for scale in scales))
+    targets = tuple(convert(_shrunk(labels, scale[-labels.ndim :]), spec) for scale in distinct)
+    return targets if len(targets) == len(scales) or len(targets) == 1 else tuple(targets[distinct.index(tuple(s))] for s in scales)
+
+
+def _shrunk(labels: Tensor, scale: Sequence[float]) -> Tensor:
+    """The nearest voxel of a coarser grid, as nnU-Net takes it."""
+    if all(share == 1 for share in scale):
+        return labels
+    shape = [round(size * share) for size, share in zip(labels.shape, scale, strict=True)]
+    return functional.interpolate(labels[None, None].float(), shape, mode="nearest-exact")[0, 0].to(labels.dtype)
+
+
+def _indices(labels: Tensor, spec: ModelSpec) -> Tensor:
+    values = spec.head.values
+    if spec.ignore is None and values == tuple(range(len(values))):
+        return labels.clamp(min=0)
+    # the last entry is what -1 finds
+    table = np.zeros(max(*values, spec.ignore or 0) + 2, np.int16)
+    table[list(values)] = np.arange(len(values))
+    if spec.ignore is not None:
+        table[spec.ignore] = IGNORED
+    return torch.from_numpy(table[labels.numpy()])
+
+
+def _regions(labels: Tensor, spec: ModelSpec) -> Tensor:
+    masks = [torch.isin(labels, torch.tensor(region.values, dtype=labels.dtype)) for region in spec.labels]
+    regions = torch.stack(masks).to(torch.int8)
+    if spec.ignore is not None:
+        regions[:, labels == spec.ignore] = IGNORED
+    return regions
