@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
@@ -130,7 +130,7 @@ def predict_many(
 
 def _as_completed(
     targets: Sequence[tuple[Case, Path]], predictors: Sequence[Predictor], run: Callable[[Case, Path, Predictor], CaseResult]
-) -> Iterator[tuple[Path, CaseResult]]:
+) -> Generator[tuple[Path, CaseResult]]:
     """Results as they come; with several predictors each has a thread, and the next case goes to the one that is free."""
     if len(predictors) == 1:
         for case, target in targets:
