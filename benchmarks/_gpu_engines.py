@@ -90,21 +90,12 @@ def open_tensorrt(setting: Setting, precision: str, batch: int) -> Engine:
 
 def export(setting: Setting) -> None:
     """ONNX files of the bundle, fp32 and typed fp16."""
-    import json
-
-    from segrt.bundle import sha256
     from segrt.export.onnx import export_onnx
-    from segrt.export.typed import typed_onnx
+    from segrt.export.typed import write_typed
 
-    bundle = setting.bundle
-    if bundle.onnx_path("0-fp16").is_file():
-        return
-    export_onnx(bundle)
-    bundle.onnx_path("0-fp16").write_bytes(typed_onnx(bundle.onnx_path("0"), "fp16", outputs="fp16"))
-    record = bundle.onnx_path("0").with_name("build.json")
-    values = json.loads(record.read_text())
-    values["sha256"]["0-fp16"] = sha256(bundle.onnx_path("0-fp16"))
-    record.write_text(json.dumps(values))
+    if not setting.bundle.onnx_path("0-fp16").is_file():
+        export_onnx(setting.bundle)
+        write_typed(setting.bundle, "0")
 
 
 @cache

@@ -34,7 +34,7 @@ def build(
     backend: Annotated[str, typer.Option(help="openvino, tensorrt, onnxruntime or pytorch.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1: what the engine is built for and verified on.")] = "auto",
     batch: Annotated[int, typer.Option(min=0, help="TensorRT: windows per call; 0 means as many as keep a large GPU busy.")] = 0,
-    workspace_gb: Annotated[float, typer.Option(min=0, help="TensorRT: memory a layer may ask for; 0 means all.")] = 0,
+    workspace_gb: Annotated[float, typer.Option(min=0, max=1e6, help="TensorRT: memory a layer may ask for; 0 means all.")] = 0,
     compatible: Annotated[bool, typer.Option("--compatible", help="TensorRT: for other GPUs from Ampere on and later versions.")] = False,
     sample: Annotated[Path | None, typer.Option(help="Image to verify on; a phantom by default.")] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Export ONNX with free spatial shape.")] = False,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array, FloatArray, require
-from ..bundle import Bundle
+from ..bundle import Bundle, sha256
 from ..device import device_number, open_stream, use_device
 from ..errors import BackendError
-from . import check_onnx
+from . import check_onnx, read_build
 from .batches import gpu_batch, in_batches, smaller_batch_after_memory_error
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ class OnnxRuntimeEngine:
 
 
 def open_member(bundle: Bundle, member: str, precision: str, threads: int, device: str) -> OnnxRuntimeEngine:
-    """Open a member's ONNX file on the CPU provider, or on CUDA's: in fp16 from the typed file that a build for fp16 leaves.
+    """Open a member's ONNX file on the CPU provider, or on CUDA's: in fp16 from the typed file that `segrt-build
+    --backend onnxruntime --device cuda --fp16` leaves.
 
     Raises
     ------
@@ -115,18 +116,23 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
 
 
 def model_file(bundle: Bundle, member: str, precision: str) -> tuple[Path, str]:
-    """The ONNX file for a precision, and the precision it has: fp32 instead of fp16 where no typed file was built."""
+    """The ONNX file for a precision, and the precision it has: fp32 instead of fp16 where no typed file was built of the one at hand."""
     if precision not in ("fp32", "fp16"):
         raise BackendError(f"ONNX Runtime serves fp32 and fp16, not {precision}; use backend tensorrt or pytorch")
-    typed = f"{member}-fp16"
-    if precision == "fp32" or not bundle.onnx_path(typed).is_file():
-        if precision == "fp16":
-            logger.warning(
-                "%s is missing: ONNX Runtime computes in fp32; make it with: segrt-build %s --fp16", bundle.onnx_path(typed), bundle.path
-            )
-        return bundle.onnx_path(member), "fp32"
-    check_onnx(bundle, typed)
-    return bundle.onnx_path(typed), "fp16"
+    path, typed = bundle.onnx_path(member), bundle.onnx_path(f"{member}-fp16")
+    if precision == "fp32":
+        return path, "fp32"
+    # a new export drops this entry: the typed file of other weights stays behind
+    made_of = read_build(path.with_name("build.json")).get("fp16_of", {})
+    if not typed.is_file() or made_of.get(member) != sha256(path):
+        logger.warning(
+            "%s is missing or old: ONNX Runtime computes in fp32; make it with: segrt-build %s --backend onnxruntime --device cuda --fp16",
+            typed,
+            bundle.path,
+        )
+        return path, "fp32"
+    check_onnx(bundle, typed.stem)
+    return typed, "fp16"
 
 
 def output_type(session: Any) -> Any:

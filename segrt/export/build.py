@@ -16,7 +16,7 @@ from ..engines.function import FunctionEngine
 from ..errors import BackendError, BuildError
 from ..predictor import Predictor
 from ..volume import Grid, Volume
-from .engine import build_engine
+from .engine import build_engine, resolve_target
 from .onnx import Head, export_onnx, write_reference
 from .tensorrt import TensorRTOptions
 from .verify import can_run_reference, sample_windows
@@ -66,6 +66,7 @@ def build_model(
     SegrtError
         When any step does not succeed; what was finished before stays usable.
     """
+    resolve_target(device, backend, tensorrt)  # an import takes minutes: what cannot be built is refused before it
     bundle = _bundle(Path(source), Path(output) if output else None, configuration, folds, force)
     export(bundle, sample=sample, force=force)
     if dynamic or head != "logits":

@@ -28,6 +28,7 @@ from ..engines.trt_plan import make_record
 from ..errors import BuildError, InputError
 from .calibrate import calibration_windows, quantize
 from .tensorrt import TensorRTOptions, build_plan, member_model
+from .typed import write_typed
 from .verify import can_run_reference, sample_windows, verify
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def build_engine(
 
     Parameters
     ----------
-    backend : "openvino" keeps a compiled blob, "tensorrt" a plan; "onnxruntime" and "pytorch" have nothing to keep and are verified only.
+    backend : "openvino" keeps a compiled blob, "tensorrt" a plan, "onnxruntime" in fp16 a typed ONNX file; else nothing is kept and the
+        engine is verified only.
         "auto" takes OpenVINO on the CPU and, where it is installed, TensorRT on a GPU
     device : "cpu", "cuda", "cuda:1", or "auto": the first GPU when there is one
     precision : fp32 on the CPU and fp16 on a GPU by default
@@ -71,14 +73,8 @@ def build_engine(
     InputError
         When options of TensorRT are given for another backend.
     """
-    # whoever names TensorRT means a GPU and is told when there is none
-    device = resolve_device("cuda" if device == "auto" and backend == "tensorrt" else device)
-    backend = _resolve_backend(backend, device)
-    if backend != "tensorrt" and tensorrt not in (None, TensorRTOptions()):
-        raise InputError(
-            f"{tensorrt} is for TensorRT and this engine is built by {backend}; leave these options out or name --backend tensorrt"
-        )
-    chosen: Precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
+    device, backend = resolve_target(device, backend, tensorrt)
+    chosen: Precision = precision or ("fp16" if device.startswith("cuda") and backend != "openvino" else "fp32")
     options: dict[str, Any] = {"calibration": calibration, "force": force, "tensorrt": tensorrt}
     if bundle.previous is not None:
         build_engine(bundle.previous, backend=backend, device=device, precision=chosen, **options)
@@ -89,9 +85,24 @@ def build_engine(
         return _build_tensorrt(request, device, tensorrt or TensorRTOptions())
     checks = {}
     for member in bundle.spec.members:
+        if chosen == "fp16" and device != "cpu" and backend != "pytorch":
+            write_typed(bundle, member)
         with closing(open_engine(bundle, member, backend=backend, precision=chosen, device=device)) as engine:
             checks[member] = verify(engine, bundle, member, chosen, windows=request.windows)
     return _judge(request, f"{backend}-{device.split(':')[0]}-{chosen}", checks)
+
+
+def resolve_target(device: str, backend: Backend, tensorrt: TensorRTOptions | None) -> tuple[str, Backend]:
+    """Make device and backend of a build concrete, and refuse what cannot go together; see `build_engine`."""
+    # whoever names one of these means its device: on TensorRT's they are told when it is not there
+    device = resolve_device({"tensorrt": "cuda", "openvino": "cpu"}.get(backend, device) if device == "auto" else device)
+    backend = _resolve_backend(backend, device)
+    if backend != "tensorrt" and tensorrt not in (None, TensorRTOptions()):
+        raise InputError(
+            f"batch, workspace and compatibility are TensorRT's, and this engine is built by {backend}; leave these options out or "
+            "take backend tensorrt"
+        )
+    return device, backend
 
 
 def _resolve_backend(backend: Backend, device: str) -> Backend:

@@ -7,12 +7,15 @@ Operators nobody has looked at stay in float32, so a normalisation spelt out as 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ..arrays import Array, require
+from ..bundle import Bundle, sha256, write_atomic
+from ..engines import read_build
 from ..errors import BuildError
 
 Half = Literal["fp16", "bf16"]
@@ -63,6 +66,24 @@ def typed_onnx(source: Path | bytes, precision: Half, *, inputs: Half | None = N
     onnx.checker.check_model(model, full_check=True)
     content: bytes = model.SerializeToString(deterministic=True)
     return content
+
+
+def write_typed(bundle: Bundle, member: str) -> Path:
+    """Write onnx/<member>-fp16.onnx, which ONNX Runtime runs on a GPU; onnx/build.json says its hash and that of the file it is made of.
+
+    Raises
+    ------
+    BuildError
+        When the member's ONNX file cannot be had in float16.
+    """
+    source, name = bundle.onnx_path(member), f"{member}-fp16"
+    path = write_atomic(bundle.onnx_path(name), typed_onnx(source, "fp16", outputs="fp16"))
+    record = source.with_name("build.json")
+    values = read_build(record)
+    values["sha256"] = {**values.get("sha256", {}), name: sha256(path)}
+    values["fp16_of"] = {**values.get("fp16_of", {}), member: sha256(source)}
+    write_atomic(record, json.dumps(values, indent=1) + "\n")
+    return path
 
 
 class _Typing:

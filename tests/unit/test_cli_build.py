@@ -114,6 +114,7 @@ def test_other_onnx_files_lie_beside_the_engines_own(run: Run) -> None:
         (("--head", "sigmoid"), "--head: expected logits or softmax or argmax"),
         (("--backend", "onnxruntime", "--fp16"), "serves fp32 only, not fp16"),
         (("--sample", "nothing.nii.gz"), "nothing.nii.gz"),
+        (("nnunet_results", "--compatible"), "are TensorRT's"),  # before anything is imported
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(run: Run, arguments: tuple[str, ...], sentence: str) -> None:
@@ -131,10 +132,16 @@ def test_tensorrt_without_a_gpu_is_one_sentence(run: Run, precision: str) -> Non
     assert sorted(Path("segrt_model").rglob("*")) == before
 
 
+@pytest.mark.parametrize("size", ["-1", "inf", "nan"])
+def test_a_workspace_is_a_number_of_gigabytes(run: Run, size: str) -> None:
+    answer = run("--backend", "tensorrt", "--workspace-gb", size)
+    assert answer.code == 2
+    assert "Invalid value for '--workspace-gb'" in answer.err
+
+
 def test_options_of_tensorrt_are_for_tensorrt(run: Run) -> None:
     sentence = refusal(run("--backend", "openvino", "--batch", "4", "--workspace-gb", "1.5", "--compatible"))
-    assert "batch=4, workspace_bytes=1500000000, compatible=True" in sentence
-    assert "this engine is built by openvino" in sentence
+    assert "batch, workspace and compatibility are TensorRT's, and this engine is built by openvino" in sentence
     assert not Path("segrt_model/engines").exists()
 
 
