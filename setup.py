@@ -38,7 +38,7 @@ CUDA = ["cupy-cuda13x>=14.2,<15", "numba-cuda[cu13]>=0.30.4,<0.31", "numpy<2.5",
 
 EXTRAS = {
     "export": [*TORCH, "onnx>=1.21", "onnxscript>=0.7"],
-    "train": [*TORCH, "batchgeneratorsv2>=0.3.6,<0.4", "blosc2>=4.1,<5"],
+    "train": [*TORCH, "batchgeneratorsv2>=0.3.6,<0.4", "blosc2>=4.1,<5", "tensorboard>=2.19", "matplotlib>=3.9"],
     # ort and gpu write the same folder of site-packages and pip does not notice: never install both.
     "ort": ["onnxruntime>=1.31,<2"],
     "gpu": [*CUDA, "onnxruntime-gpu>=1.31,<2"],
@@ -83,6 +83,7 @@ setup(
         "console_scripts": [
             "segrt-build = segrt.cli.build:main",
             "segrt-predict = segrt.cli.predict:main",
+            "segrt-train = segrt.cli.train:main",
         ]
     },
     zip_safe=False,

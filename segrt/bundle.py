@@ -81,7 +81,7 @@ class Bundle:
             When `path` exists and `force` is not set, or exists and is no bundle.
         """
         target = Path(path)
-        _check_replaceable(target, force=force)
+        check_replaceable(target, force=force)
         with staged_folder(target) as folder:
             (folder / "model.json").write_text(spec.to_json(), encoding="utf-8")
             for member, tensors in (weights or {}).items():
@@ -184,7 +184,8 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
 
 
-def _check_replaceable(target: Path, *, force: bool) -> None:
+def check_replaceable(target: Path, *, force: bool) -> None:
+    """Raise an InputError unless a bundle may be written to `target`; `force` allows to replace one."""
     if not target.exists():
         return
     is_bundle = (target / "model.json").is_file()

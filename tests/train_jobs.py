@@ -1,7 +1,8 @@
-"""Tiny trainings: a small U-Net that learns to find bright voxels in batches made on the spot."""
+"""Tiny trainings: a small U-Net that learns to find bright voxels in batches made on the spot, and datasets of a few bright balls."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from factories import UNET_3D
+from factories import UNET_3D, write_case
 from torch import Tensor, distributed
 
 from segrt.networks import build
@@ -95,3 +96,25 @@ def train_in_group(rank: int, processes: int, folder: str, port: int) -> None:
         train(tiny_job(Path(folder), batches=make_batches(10), validation=make_batches(20)), CPU)
     finally:
         distributed.destroy_process_group()
+
+
+def write_dataset(folder: Path, *, cases: int = 5, shape: tuple[int, int, int] = (16, 20, 24), spacing: float = 2.0) -> Path:
+    """A dataset of nnU-Net's layout: noise with a bright ball (value 2) and a brighter one (value 5) in each image."""
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(np.float32)
+    for number in range(cases):
+        rng = np.random.default_rng(number)
+        image, labels = rng.normal(100, 10, shape), np.zeros(shape, np.uint8)
+        for value, brightness, middle in ((2, 200, 0.3), (5, 320, 0.7)):
+            centre = np.array([middle * n for n in shape]) + rng.uniform(-1, 1, 3)
+            ball = ((grid - centre[:, None, None, None]) ** 2).sum(0) < (0.2 * min(shape) + 1) ** 2
+            image[ball], labels[ball] = rng.normal(brightness, 10, int(ball.sum())), value
+        write_case(folder / "imagesTr" / f"ball_{number:03d}_0000.nii.gz", image.astype(np.int16), (spacing,) * 3)
+        write_case(folder / "labelsTr" / f"ball_{number:03d}.nii.gz", labels, (spacing,) * 3)
+    described = {
+        "channel_names": {"0": "MR"},
+        "labels": {"background": 0, "ball": 2, "bright ball": 5},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return folder

@@ -40,7 +40,7 @@ class TrainConfig(Part):
     loss : dice_ce (nnU-Net; Dice + BCE where the model has regions) or mixed (the article's CE + Dice)
     oversampling : share of a batch whose patches are made to hold foreground
     precision : of the forward pass; weights and optimizer stay float32
-    clip : largest norm of the gradient; None leaves it
+    clip : largest norm of the gradient; 0 leaves it as it is
     accumulation : batches per optimizer step
     validation_interval, validation_batches : how often, and on how many batches, the pseudo Dice is taken; 0 batches for never
     weights : which checkpoint becomes the member: the last, or the best by the moving average of the pseudo Dice
@@ -82,7 +82,7 @@ class TrainConfig(Part):
     augmentation: Literal["nnunet", "article", "none"] = "nnunet"
     oversampling: Fraction = 0.33
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    clip: float | None = Field(12.0, gt=0)
+    clip: float = Field(12.0, ge=0)
     accumulation: Positive = 1
     seed: int = Field(12345, ge=0)
     workers: int = Field(2, ge=0)
@@ -122,6 +122,7 @@ class TrainConfig(Part):
 
 
 # the article's V-Net (SEEDS 1.3); its decay over 15000 of 30000 iterations left the second half without learning, so ours covers all
+_FEW_EPOCHS = 100  # below it a learning rate that changes once per epoch would fall in coarse steps
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "nnunet": {},
     "vnet": {
@@ -137,7 +138,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "loss": "mixed",
         "augmentation": "article",
         "oversampling": 0.0,
-        "clip": None,
+        "clip": 0.0,
         "save_interval": 1000,
     },
 }
@@ -146,13 +147,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def make_config(model: Model = "nnunet", **changes: object) -> TrainConfig:
     """Give the model's own recipe with `changes`; those that are None leave the default.
 
+    The learning rate of nnU-Net changes per epoch; in a training of less than 100 of them it changes with every iteration unless told.
+
     Raises
     ------
     SpecError
         When a value is wrong; the sentence names the field.
     """
     chosen = {name: value for name, value in changes.items() if value is not None}
-    return _parse({**_DEFAULTS.get(model, {}), "model": model, **chosen}, where="training")
+    config = _parse({**_DEFAULTS.get(model, {}), "model": model, **chosen}, where="training")
+    if config.epochs < _FEW_EPOCHS and "schedule_by_epoch" not in chosen:
+        return config.model_copy(update={"schedule_by_epoch": False})
+    return config
 
 
 def load_config(path: Path) -> TrainConfig:

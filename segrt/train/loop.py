@@ -240,7 +240,7 @@ def _not_a_number(iteration: int, loss: float, names: Sequence[str], config: Tra
     advice = "try precision bf16 or fp32, " if config.precision == "fp16" else ""
     return (
         f"the loss became {loss} in iteration {iteration}, with a batch of the cases {cases}; look at their images, {advice}"
-        f"lower the learning rate ({config.lr:g}) or the clipping of gradients ({config.clip})"
+        f"lower the learning rate ({config.lr:g}) or the norm gradients are clipped to ({config.clip:g})"
     )
 
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed, nn
+
+# the others wait while the first one prepares and validates
+_PATIENCE = timedelta(days=30)
+
+
+@contextmanager
+def group(number: int, size: int, *, gpu: bool) -> Iterator[None]:
+    """Belong to the group of processes that `torchrun` started, of which this is `number` of `size`, inside the block."""
+    distributed.init_process_group("nccl" if gpu else "gloo", rank=number, world_size=size, timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def rank() -> int:
@@ -53,3 +68,8 @@ def wait_for_all() -> None:
     """Return when every process is here."""
     if distributed.is_initialized():
         distributed.barrier()
+
+
+def has_gpu() -> bool:
+    """Whether torch can compute on a GPU here."""
+    return torch.cuda.is_available()

@@ -1,0 +1,184 @@
+"""`segrt-train`: a folder of images with labels becomes a bundle."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from ..errors import InputError
+from .common import comma_list, configure_logging, run
+
+if TYPE_CHECKING:
+    from ..train.config import Model
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+STOPPED = 130
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="nnU-Net or Decathlon folder, folders images and labels, or npy lists.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle to write.")] = Path("segrt_model"),
+    model: Annotated[str, typer.Option("--model", help="nnunet or vnet.")] = "nnunet",
+    configuration: Annotated[
+        str | None, typer.Option("--config", "-c", help="2d, 3d_fullres, 3d_lowres or 3d_cascade_fullres; see --plan-only.")
+    ] = None,
+    fold: Annotated[str | None, typer.Option("--fold", "-f", help="Such as 0, or 0,1,2,3,4, or all: every case.")] = None,
+    split: Annotated[str | None, typer.Option(help="kfold, shuffled:0.75, sorted:0.8, or a JSON file of folds.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Train by this plan.json instead of planning.")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write the plan with its reasons, and stop.")] = False,
+    planner: Annotated[str | None, typer.Option(help="default, resenc_m, resenc_l or resenc_xl.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="GPU memory to plan for.")] = None,
+    iters: Annotated[int | None, typer.Option(help="Iterations.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of 250 iterations, instead of --iters.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Patches per step, over all processes; the plan's by default.")] = None,
+    patch: Annotated[
+        str | None, typer.Option(help="z,y,x in voxels; the plan's by default. For a V-Net: what images are resized to.")
+    ] = None,
+    width: Annotated[float | None, typer.Option(help="Factor on the network's features.")] = None,
+    deep_supervision: Annotated[
+        bool | None, typer.Option("--deep-supervision/--no-deep-supervision", help="A loss at every resolution.", show_default=False)
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of SGD.")] = None,
+    nesterov: Annotated[bool | None, typer.Option("--nesterov/--no-nesterov", help="Of SGD.", show_default=False)] = None,
+    betas: Annotated[str | None, typer.Option(help="Of Adam and AdamW, such as 0.9,0.999.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="L2 regularisation.")] = None,
+    l1: Annotated[float | None, typer.Option("--l1", help="L1 regularisation.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="poly, constant, step or cosine.")] = None,
+    schedule_by_epoch: Annotated[
+        bool | None, typer.Option("--schedule-by-epoch/--schedule-by-iteration", help="When the rate changes.", show_default=False)
+    ] = None,
+    power: Annotated[float | None, typer.Option(help="Of poly.")] = None,
+    end_lr: Annotated[float | None, typer.Option(help="Of poly and cosine.")] = None,
+    decay_iters: Annotated[int | None, typer.Option(help="Of poly and cosine; the whole training by default.")] = None,
+    step_iters: Annotated[int | None, typer.Option(help="Of step.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Of step.")] = None,
+    loss: Annotated[str | None, typer.Option(help="dice_ce or mixed.")] = None,
+    augmentation: Annotated[str | None, typer.Option(help="nnunet, article or none.")] = None,
+    oversampling: Annotated[float | None, typer.Option(help="Share of a batch that has to hold foreground.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; 0 for none.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Batches per step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and patches.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that prepare cases and patches.")] = None,
+    validation_interval: Annotated[int | None, typer.Option(help="Iterations between two looks at the validation patches.")] = None,
+    validation_batches: Annotated[int | None, typer.Option(help="Batches of such a look.")] = None,
+    save_interval: Annotated[int | None, typer.Option(help="Iterations between two checkpoints.")] = None,
+    log_interval: Annotated[int | None, typer.Option(help="Iterations between two lines and two Dice of a training batch.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints that stay.")] = None,
+    weights: Annotated[str | None, typer.Option(help="last or best: what becomes the model.")] = None,
+    window: Annotated[
+        str | None, typer.Option(help="V-Net: auto, article, abdomen, percentile, zscore, none, or two numbers such as -160,240.")
+    ] = None,
+    sliding: Annotated[bool, typer.Option("--sliding", help="V-Net: slide a window instead of resizing the image.")] = False,
+    resampling: Annotated[str | None, typer.Option(help="V-Net: linear or cubic.")] = None,
+    cache_dtype: Annotated[str | None, typer.Option(help="float32 or float16: prepared cases on disk.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Trace iterations 10 to 20 with torch's profiler.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    work: Annotated[Path | None, typer.Option(help="Folder for prepared cases and checkpoints; OUTPUT.train by default.")] = None,
+    channels: Annotated[str | None, typer.Option(help="Names of the channels, such as CT or T1,T2.")] = None,
+    image_suffix: Annotated[
+        str | None, typer.Option(help="How image files end, one per channel, when the layout is none of the known.")
+    ] = None,
+    label_suffix: Annotated[str | None, typer.Option(help="How label files end.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle at OUTPUT.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False,
+) -> None:
+    """Check, plan, prepare, train, validate, and write a bundle for segrt-build and segrt-predict.
+
+    The same command goes on where an earlier run stopped. Several GPUs: torchrun --nproc-per-node 2 -m segrt.cli.train DATASET ...
+
+    Exit codes: 0 done, 2 not, 130 stopped by a signal and saved.
+    """
+    from .training import TrainBars, is_first, join_processes
+
+    configure_logging(verbose=verbose)
+    if iters is not None and epochs is not None:
+        raise InputError("--iters and --epochs say the same thing; give one of them")
+    changes = {
+        "configuration": configuration,
+        "folds": comma_list(fold),
+        "split": split,
+        "planner": planner,
+        "memory_gb": memory_gb,
+        "iterations": iters if epochs is None else 250 * epochs,
+        "batch_size": batch_size,
+        "patch": comma_list(patch),
+        "width": width,
+        "deep_supervision": deep_supervision,
+        "optimizer": optimizer,
+        "lr": lr,
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "betas": comma_list(betas),
+        "weight_decay": weight_decay,
+        "l1": l1,
+        "schedule": schedule,
+        "schedule_by_epoch": schedule_by_epoch,
+        "power": power,
+        "end_lr": end_lr,
+        "decay_iterations": decay_iters,
+        "step_iterations": step_iters,
+        "gamma": gamma,
+        "loss": loss,
+        "augmentation": augmentation,
+        "oversampling": oversampling,
+        "precision": precision,
+        "clip": clip,
+        "accumulation": accumulation,
+        "seed": seed,
+        "workers": workers,
+        "validation_interval": validation_interval,
+        "validation_batches": validation_batches,
+        "save_interval": save_interval,
+        "log_interval": log_interval,
+        "keep": keep,
+        "weights": weights,
+        "window": comma_list(window) if window and "," in window else window,
+        "sliding": sliding or None,
+        "resampling": resampling,
+        "cache": cache_dtype,
+        "profile": (10, 20) if profile else None,
+    }
+    options: dict[str, Any] = {
+        "channels": comma_list(channels),
+        "image_suffix": comma_list(image_suffix),
+        "label_suffix": label_suffix,
+    }
+    from ..train.config import make_config
+    from ..train.run import train_model
+
+    config = make_config(cast("Model", model), **changes)
+    with ExitStack() as stack:
+        device = stack.enter_context(join_processes(os.environ, device))
+        bars = stack.enter_context(TrainBars(config.log_interval, quiet=not is_first(os.environ)))
+        bundle = train_model(
+            dataset,
+            output,
+            config.model_copy(update={"device": device}),
+            work=work,
+            plan=plan,
+            plan_only=plan_only,
+            force=force,
+            dataset_options=options,
+            show=bars.show,
+        )
+    if bundle is None and not plan_only and is_first(os.environ):
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(STOPPED)
+
+
+def main() -> None:
+    """Run the command."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

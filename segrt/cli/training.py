@@ -1,0 +1,97 @@
+"""What `segrt-train` shows, and how its processes find each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+if TYPE_CHECKING:
+    from ..train.folds import Show
+    from ..train.loop import Step
+
+
+class TrainBars:
+    """Lines for the stages, one bar for the cases of a stage, one for the iterations; in a file or pipe a line every `interval`."""
+
+    def __init__(self, interval: int, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, markup=False, quiet=quiet)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self._progress = Progress(*columns, console=self._console, disable=quiet or not self._console.is_terminal)
+        self._interval = interval
+        self._task: TaskID | None = None
+
+    @property
+    def show(self) -> Show:
+        """What `train_model` calls."""
+        from ..train.folds import Show
+
+        return Show(stage=self._stage, cases=self._cases, step=self._step)
+
+    def __enter__(self) -> TrainBars:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def _stage(self, text: str) -> None:
+        self._end()
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _cases(self, done: int, total: int) -> None:
+        self._advance("cases", done, total, "")
+
+    def _step(self, step: Step) -> None:
+        numbers = step_text(step)
+        self._advance("iterations", step.iteration, step.iterations, numbers)
+        if not self._console.is_terminal and (step.iteration % self._interval == 0 or step.iteration == step.iterations):
+            self._console.print(f"iteration {step.iteration}/{step.iterations}, {numbers}", highlight=False, soft_wrap=True)
+
+    def _advance(self, name: str, done: int, total: int, numbers: str) -> None:
+        self._progress.start()
+        if self._task is None:
+            self._task = self._progress.add_task(name, total=total, numbers="")
+        self._progress.update(self._task, completed=done, total=total, numbers=numbers)
+        if done == total:
+            self._end()
+
+    def _end(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._progress.stop()
+            self._task = None
+
+
+def step_text(step: Step) -> str:
+    """The numbers of an iteration on one line."""
+    dice = "" if step.dice is None else f"Dice {step.dice:.4f}, "
+    left = timedelta(seconds=round(step.eta_s))
+    return f"loss {step.loss:.4f}, {dice}lr {step.lr:.2e}, batch {step.batch_cost:.3f} s, reader {step.reader_cost:.3f} s, ETA {left}"
+
+
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this is the process that writes; of those torchrun started, or the only one."""
+    return int(environment.get("RANK", "0")) == 0
+
+
+@contextmanager
+def join_processes(environment: Mapping[str, str], device: str) -> Iterator[str]:
+    """Join those that torchrun started, when it did; the device of this one comes out."""
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environment.keys():
+        yield device
+        return
+    from ..train.processes import group, has_gpu
+
+    gpu = device != "cpu" and has_gpu()
+    with group(int(environment["RANK"]), int(environment["WORLD_SIZE"]), gpu=gpu):
+        yield f"cuda:{environment['LOCAL_RANK']}" if gpu else "cpu"
