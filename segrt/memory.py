@@ -14,7 +14,7 @@ from .arrays import Shape3
 from .errors import BackendError
 from .preprocess import working_grid
 from .restore import can_restore_by_slab
-from .spec import ModelSpec, UNetSpec, ZScoreNorm
+from .spec import ModelSpec, UNetSpec, VNetSpec, ZScoreNorm
 from .volume import Grid, Placement
 from .windows import count_starts
 
@@ -240,6 +240,8 @@ def case_bytes(
 def engine_bytes(spec: ModelSpec, members: int) -> int:
     """Upper bound of what engines of this network hold and need while they run, when no build has measured it."""
     network = spec.network
+    if isinstance(network, VNetSpec):
+        return _vnet_bytes(network, prod(spec.inference.patch), members)
     if not isinstance(network, UNetSpec):
         return members * 512 * 2**20
     voxels, activations, weights, before = float(prod(spec.inference.patch)), 0.0, 0.0, network.in_channels
@@ -249,6 +251,15 @@ def engine_bytes(spec: ModelSpec, members: int) -> int:
         weights += prod(kernel) * features * (before + features * (2 * blocks + 1))
         before = features
     return int(members * 8 * weights + 4 * 3 * activations + 64 * 2**20)
+
+
+def _vnet_bytes(network: VNetSpec, voxels: int, members: int) -> int:
+    """What OpenVINO needs most: weights twice while it compiles, six maps of the largest level's features, three of the logits."""
+    first = network.features[0]
+    weights = 180_000 * first**2 + 250 * first * network.out_channels
+    shrink = [1, *(prod(stride) for stride in network.strides)]
+    largest = max(features * voxels / prod(shrink[: level + 1]) for level, features in enumerate(network.features))
+    return int(members * 8 * weights + 4 * (6 * largest + 3 * network.out_channels * voxels) + 64 * 2**20)
 
 
 def estimate(

@@ -18,7 +18,7 @@ from .. import __version__
 from ..arrays import Array, FloatArray, require
 from ..bundle import Bundle, sha256, write_atomic
 from ..errors import BuildError, InputError
-from ..spec import ModelSpec, OnnxNetwork
+from ..spec import ModelSpec, OnnxNetwork, VNetSpec
 
 if TYPE_CHECKING:
     from ..networks import Network
@@ -143,6 +143,8 @@ def _serialize(network: Network, spec: ModelSpec, *, member: str, head: Head, dy
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     if size > _MAX_BYTES:
         raise BuildError(f"member {member!r} has {size / 2**30:.1f} GiB of weights; one ONNX file holds 2 GiB at most")
+    if dynamic and isinstance(spec.network, VNetSpec) and spec.network.kernels != spec.network.strides:
+        raise BuildError(f"member {member!r}: a free spatial shape needs a V-Net whose kernels are as large as their strides")
     torch = require("torch", extra="export")
     module = network if head == "logits" else _headed(network, spec, head)
     shape = spec.inference.patch[3 - spec.dimensions :]

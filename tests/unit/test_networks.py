@@ -13,7 +13,7 @@ import torch
 from segrt.errors import BuildError, SpecError
 from segrt.export.importers.nnunetv2 import read_model
 from segrt.export.importers.plans import model_spec
-from segrt.networks import build, build_empty, count_parameters, load_weights
+from segrt.networks import build, build_empty, count_parameters, initialize, load_weights, supervision_scales
 from segrt.networks.heads import Headed
 from segrt.spec import Head, OnnxNetwork, UNetSpec
 
@@ -77,6 +77,24 @@ ANSWERS = {
     "S7_regions_mr/nnUNetTrainer__nnUNetPlans__3d_fullres/0": (4.4747, -5.0252, -6.0113, -5.6652, -4.9031, -4.0332, -2.5207),
 }
 
+# The same under deep supervision, every output finest first: its shape, mean of |logit|, four logits evenly spread.
+SUPERVISED = {
+    "S1_hippocampus_3d/nnUNetTrainer__nnUNetPlans__3d_fullres/0": [
+        ((40, 40, 32), 1.82884, 2.2433, 3.9154, -0.3899, -3.6787),
+        ((20, 20, 16), 0.5537, 0.1444, 0.3204, 0.1037, 0.3668),
+    ],
+    "S4_aniso_ct/nnUNetTrainer__nnUNetResEncUNetMPlans__3d_fullres/0": [
+        ((12, 64, 64), 1.60896, 5.4275, 0.1693, -6.7525, -1.5148),
+        ((12, 32, 32), 0.83189, 3.689, 0.8205, 2.0303, -1.2198),
+        ((6, 16, 16), 0.74109, 2.0268, -1.0906, 1.0119, 1.9344),
+    ],
+    "S6_png_2d/nnUNetTrainer__nnUNetPlans__2d/0": [
+        ((128, 160), 2.04925, 9.2146, 3.3495, -2.8603, -0.7027),
+        ((64, 80), 0.48781, 1.3838, 0.0762, 0.2282, -0.1251),
+        ((32, 40), 0.50838, -0.1897, 0.1299, 0.2639, 0.047),
+    ],
+}
+
 
 def spec(**changes: Any) -> UNetSpec:
     return UNetSpec(**(SMALL | changes))
@@ -94,19 +112,33 @@ def test_parameter_counts_are_those_of_the_real_networks(golden: Path, key: str)
     assert count_parameters(build_empty(network)) == COUNTS[key]
 
 
-@pytest.mark.parametrize("key", ANSWERS)
-def test_trained_networks_answer_like_the_real_ones(golden: Path, key: str) -> None:
+def answer(golden: Path, key: str, *, deep_supervision: bool = False) -> Any:
+    """What the trained model's network makes of sin(0.37 i)."""
     dataset, folder, fold = key.split("/")
     model = read_model(golden / dataset / "model" / folder, folds=(fold,))
-    network = build(model.spec.network)
+    network = build(model.spec.network, deep_supervision=deep_supervision)
     load_weights(network, model.weights[fold])
     shape = (1, model.spec.in_channels, *model.spec.inference.patch[3 - model.spec.dimensions :])
     patch = torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 0.37).float().reshape(shape)
     with torch.inference_mode():
-        logits = network(patch).flatten()
+        return network(patch)
+
+
+@pytest.mark.parametrize("key", ANSWERS)
+def test_trained_networks_answer_like_the_real_ones(golden: Path, key: str) -> None:
+    logits = answer(golden, key).flatten()
     picked = logits[torch.linspace(0, len(logits) - 1, 6).long()]
     # Other CPUs sum in another order; on one machine the two networks are equal bit for bit.
     assert [float(logits.abs().mean()), *picked.tolist()] == pytest.approx(ANSWERS[key], abs=5e-4)
+
+
+@pytest.mark.parametrize("key", SUPERVISED)
+def test_every_level_answers_like_the_real_ones(golden: Path, key: str) -> None:
+    levels = answer(golden, key, deep_supervision=True)
+    assert [tuple(level.shape[2:]) for level in levels] == [expected[0] for expected in SUPERVISED[key]]
+    for level, (_, *expected) in zip(levels, SUPERVISED[key], strict=True):
+        picked = level.flatten()[torch.linspace(0, level.numel() - 1, 4).long()]
+        assert [float(level.abs().mean()), *picked.tolist()] == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +166,17 @@ def test_deep_supervision_returns_every_level_finest_first() -> None:
     network = build(spec(), deep_supervision=True)
     patch = torch.randn(1, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     levels = network(patch)
+    assert isinstance(levels, tuple)
+    assert network.training
     assert [tuple(level.shape[2:]) for level in levels] == [(4, 8, 8), (4, 4, 4)]
+    assert supervision_scales(spec()) == ((1, 1, 1), (1, 1 / 2, 1 / 2))
+    assert supervision_scales(flat()) == ((1, 1), (1 / 2, 1 / 2))
     network.deep_supervision = False
     assert torch.equal(network(patch), levels[0])
 
 
 def test_every_parameter_learns_under_deep_supervision() -> None:
-    network = build(spec(family="residual_unet"), deep_supervision=True).train()
+    network = build(spec(family="residual_unet"), deep_supervision=True)
     sum(level.square().mean() for level in network(torch.randn(2, 2, 4, 8, 8))).backward()
     # A bias before instance normalisation cancels out; its gradient is there and about zero.
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
@@ -152,6 +188,39 @@ def test_dropout_works_in_training_only() -> None:
     assert torch.equal(network(patch), network(patch))
     network.train()
     assert not torch.equal(network(patch), network(patch))
+
+
+@pytest.mark.parametrize("family", ["plain_unet", "residual_unet"])
+def test_a_training_starts_as_nnunet_starts_it(family: str) -> None:
+    network = build(spec(family=family, features=(32, 64, 64)))
+    for tensor in network.parameters():
+        torch.nn.init.constant_(tensor, 7)
+    initialize(network, generator=torch.Generator().manual_seed(0))
+    deep, up = network.encoder[2][0], network.up[0]
+    convolution = deep.conv if family == "plain_unet" else deep.conv1.conv
+    assert float(convolution.weight.detach().std()) == pytest.approx((2 / (1 + 0.01**2) / (27 * 64)) ** 0.5, rel=0.02)
+    # torch counts what a transposed convolution writes: 64 features through 2x2x2
+    assert float(up.weight.detach().std()) == pytest.approx((2 / (1 + 0.01**2) / (8 * 64)) ** 0.5, rel=0.03)
+    assert {float(t.sum()) for name, t in network.state_dict().items() if name.endswith("bias")} == {0.0}
+    norms = {name: float(t.mean()) for name, t in network.state_dict().items() if name.endswith("norm.weight")}
+    zero = {name for name, value in norms.items() if value == 0}
+    assert {value for value in norms.values() if value} == {1.0}
+    assert zero == ({name for name in norms if ".conv2." in name} if family == "residual_unet" else set())
+
+
+def test_a_start_is_the_same_again_from_the_same_numbers() -> None:
+    networks = [build(spec()) for _ in range(2)]
+    for network in networks:
+        initialize(network, generator=torch.Generator().manual_seed(3))
+    first, second = (network.state_dict() for network in networks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("changes", [{"norm": "none"}, {"norm_affine": False}, {"norm": "batch"}])
+def test_every_kind_of_normalisation_starts(changes: dict[str, Any]) -> None:
+    network = build(spec(family="residual_unet", **changes))
+    initialize(network)
+    assert torch.isfinite(network(torch.ones(1, 2, 4, 8, 8))).all()
 
 
 def test_a_shared_tensor_counts_once() -> None:
