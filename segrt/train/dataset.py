@@ -58,14 +58,12 @@ def open_dataset(
     """
     root = Path(path)
     found, declared, folder = _find(root, image_suffix, label_suffix)
+    if channels is None:
+        channels = declared.channels if declared else _channel_names(found.cases[0])
     if labels is not None:
-        own = parse_labels(labels, where="labels")
-        ignore = own.pop("ignore", (None,))[0]
-        declared = Declared((), {"background": (0,), **own}, tuple(class_order), ignore, {})
+        declared = _given(labels, class_order)
     elif declared is None:
         declared = Declared((), _labels_found(found.cases), (), None, {})
-    if channels is None:
-        channels = declared.channels if declared.channels else _channel_names(found.cases[0])
     if npy_window is None and found.cases[0].images[0].suffix == ".npy":
         logger.warning("%s: .npy files say no spacing (taken as 1 mm) and not which intensities they hold; npy_window tells it", root)
     return Dataset(
@@ -193,6 +191,14 @@ def _find(root: Path, image_suffixes: str | Sequence[str] | None, label_suffix: 
 
 def _declared(folder: Path) -> Declared | None:
     return read_dataset_json(folder / "dataset.json") if (folder / "dataset.json").is_file() else None
+
+
+def _given(labels: Mapping[str, int | Sequence[int]], class_order: Sequence[int]) -> Declared:
+    """What the caller says; the background goes without saying."""
+    own = parse_labels(labels, where="labels")
+    ignore = own.pop("ignore", None)
+    background = {} if any(set(values) == {0} for values in own.values()) else {"background": (0,)}
+    return Declared((), {**background, **own}, tuple(class_order), ignore[0] if ignore else None, {})
 
 
 def _labels_found(cases: Sequence[TrainingCase]) -> Labels:
