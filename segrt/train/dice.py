@@ -1,4 +1,4 @@
-"""Dice's sums: soft ones for the loss, over all processes where asked, and counted voxels for what is reported."""
+"""Soft Dice of probabilities, over the samples of all processes where asked; used by the losses."""
 
 from __future__ import annotations
 
@@ -65,36 +65,3 @@ class _AllReduce(torch.autograd.Function):
         gradient = gradient.contiguous().clone()
         all_reduce(gradient, op=ReduceOp.SUM)
         return gradient
-
-
-@torch.no_grad()
-def count_voxels(logits: Tensor, target: Tensor, *, regions: bool = False) -> Tensor:
-    """Count voxels found rightly, found wrongly and missed, per foreground class; ignored ones (target -1) count nowhere.
-
-    Parameters
-    ----------
-    logits : (N, K, ...) of the finest level
-    target : (N, ...) or (N, 1, ...) class indices, or with `regions` (N, K, ...) 0 and 1
-    regions : channels are regions, decided at probability .5; else the highest logit decides, and class 0 is background
-
-    Returns
-    -------
-    (3, K - 1) int64, with `regions` (3, K): true positives, false positives, false negatives. They may be added up over batches and
-    processes before `hard_dice`
-    """
-    if regions:
-        found, truth, valid = logits > 0, target > 0, target >= 0
-        counts = [(a & b & valid).sum((0, *range(2, logits.ndim))) for a, b in ((found, truth), (found, ~truth), (~found, truth))]
-        return torch.stack(counts)
-    classes = logits.shape[1]
-    labels, target = logits.argmax(1).flatten(), target.flatten().long()
-    pairs = torch.bincount((target + 1) * classes + labels, minlength=(classes + 1) * classes).view(classes + 1, classes)[1:]
-    right = pairs.diagonal()
-    return torch.stack((right, pairs.sum(0) - right, pairs.sum(1) - right))[:, 1:]
-
-
-def hard_dice(counts: Tensor) -> Tensor:
-    """2 TP / (2 TP + FP + FN) per class from `count_voxels`; NaN for a class that is neither there nor found."""
-    right, wrong, missed = counts.double()
-    dice: Tensor = 2 * right / (2 * right + wrong + missed)
-    return dice

@@ -104,9 +104,7 @@ class SupervisedLoss(nn.Module):
         targets = (targets,) if isinstance(targets, Tensor) else tuple(targets)
         targets = targets * len(outputs) if len(targets) == 1 else targets
         if not len(outputs) == len(targets) == len(self.weights):
-            raise InputError(
-                f"the loss weighs {len(self.weights)} outputs; the network gave {len(outputs)} and there are {len(targets)} targets"
-            )
+            raise InputError(f"the loss weighs {len(self.weights)} outputs, the network gave {len(outputs)} for {len(targets)} targets")
         total, parts = outputs[0].new_zeros((), dtype=_real(outputs[0].dtype)), dict[str, Tensor]()
         for weight, logits, target in zip(self.weights, outputs, targets, strict=True):
             if weight:
