@@ -1,0 +1,121 @@
+"""Records: CSV to the last digit, TensorBoard, curves, samples, tables, the machine."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import UNET_3D
+
+from segrt.errors import InputError
+from segrt.networks import build_empty
+from segrt.report.curves import read_rows, write_curves
+from segrt.report.samples import write_samples
+from segrt.report.tables import to_csv, to_latex, to_markdown, write_tables
+from segrt.train.records import Records, count_flops, environment
+
+PNG = b"\x89PNG"
+
+
+def _fill(folder: Path, first: int, last: int, *, start: int = 0) -> None:
+    with Records(folder, ("liver", "spleen"), iteration=start) as records:
+        for i in range(first, last + 1):
+            values = {"loss": 1 / i, "dice": 0.1 * i if i % 2 == 0 else None, "lr": 0.01, "batch_cost": 0.2, "reader_cost": 0.1}
+            records.training(i, values)
+            if i % 4 == 0:
+                records.validation(i, {"loss": 2 / i, "dice": 0.5, "average": 0.4}, [0.5, math.nan])
+
+
+def test_a_row_per_iteration_with_all_digits(tmp_path: Path) -> None:
+    _fill(tmp_path, 1, 9)
+    rows = read_rows(tmp_path / "training.csv")
+    assert [float(row["loss"]) for row in rows] == [1 / i for i in range(1, 10)]
+    assert [row["dice"] for row in rows][:4] == ["", "0.2", "", "0.4"]
+    checks = read_rows(tmp_path / "validation.csv")
+    assert [(row["iteration"], row["liver"], row["spleen"]) for row in checks] == [("4", "0.5", ""), ("8", "0.5", "")]
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    _fill(tmp_path, 1, 9)
+    with (tmp_path / "training.csv").open("a") as file:
+        file.write("10,0.")  # killed while writing
+    _fill(tmp_path, 6, 7, start=5)
+    assert [row["iteration"] for row in read_rows(tmp_path / "training.csv")] == [str(i) for i in range(1, 8)]
+    assert [row["iteration"] for row in read_rows(tmp_path / "validation.csv")] == ["4"]
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _fill(tmp_path, 1, 8)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    names = {"loss", "dice", "lr", "batch_cost", "reader_cost"}
+    assert {f"train/{n}" for n in names} | {"validation/loss", "validation/class/liver"} <= set(events.Tags()["scalars"])
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([1 / i for i in range(1, 9)], rel=1e-6)
+
+
+def test_curves_of_one_and_of_several_runs(tmp_path: Path) -> None:
+    _fill(tmp_path / "a", 1, 900)
+    _fill(tmp_path / "b", 1, 3)
+    write_curves(tmp_path / "one.png", {"a": tmp_path / "a"})
+    write_curves(tmp_path / "two.png", {"a": tmp_path / "a", "b": tmp_path / "b"})
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(PNG) for name in ("one", "two"))
+    with pytest.raises(InputError, match=r"no training.csv with a row"):
+        write_curves(tmp_path / "none.png", {"none": tmp_path})
+    with pytest.raises(InputError, match="no run given"):
+        write_curves(tmp_path / "none.png", {})
+
+
+def test_contact_sheet(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image, labels = rng.normal(size=(3, 9, 8)).astype(np.float32), rng.integers(-1, 3, (3, 9, 8))
+    write_samples(tmp_path / "samples.png", [(f"case {i}", image, labels) for i in range(5)], {1: "liver", 2: "spleen"})
+    assert (tmp_path / "samples.png").read_bytes().startswith(PNG)
+    with pytest.raises(InputError, match=r"'a' have shape \(2, 9, 8\), its image \(3, 9, 8\)"):
+        write_samples(tmp_path / "bad.png", [("a", image, labels[:2])], {1: "liver"})
+    with pytest.raises(InputError, match="none given"):
+        write_samples(tmp_path / "bad.png", [], {})
+
+
+RUNS = {"sgd": {"left_kidney": 0.9, "liver": math.nan}, "adam|w": {"left_kidney": 0.95, "spleen": 0.5}}
+
+
+def test_tables(tmp_path: Path) -> None:
+    rows = list(csv.reader(to_csv(RUNS).splitlines()))
+    assert rows == [
+        ["organ", "sgd", "adam|w"],
+        ["left_kidney", "0.9", "0.95"],
+        ["liver", "", ""],
+        ["spleen", "", "0.5"],
+        ["mean", "0.9", "0.725"],
+    ]
+    assert to_markdown(RUNS).splitlines() == [
+        r"| organ | sgd | adam\|w |",
+        "|---|---|---|",
+        "| left_kidney | 0.9000 | **0.9500** |",
+        "| liver | - | - |",
+        "| spleen | - | 0.5000 |",
+        "| mean | **0.9000** | 0.7250 |",
+    ]
+    latex = to_latex(RUNS, caption="Dice & more")
+    assert r"left\_kidney & 0.9000 & \textbf{0.9500} \\" in latex
+    assert r"\caption{Dice \& more}" in latex
+    paths = write_tables(tmp_path / "table.v1", RUNS)
+    assert [path.name for path in paths] == ["table.v1.csv", "table.v1.md", "table.v1.tex"]
+    with pytest.raises(InputError, match="no run given"):
+        to_csv({})
+
+
+def test_machine_and_network() -> None:
+    found = environment(torch.device("cpu"))
+    json.dumps(found)
+    assert {"segrt", "python", "cores", "versions"} <= found.keys()
+    # two 3x3x3 convolutions, a stride-2 one each way, heads: multiplications and additions counted
+    first = 2 * 27 * 1 * 4 * 8**3
+    assert count_flops(build_empty(UNET_3D), (1, 1, 8, 8, 8)) > first
+    assert count_flops(build_empty(UNET_3D), (2, 1, 8, 8, 8)) == 2 * count_flops(build_empty(UNET_3D), (1, 1, 8, 8, 8))
