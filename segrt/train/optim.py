@@ -52,14 +52,14 @@ def _add_l1(optimizer: torch.optim.Optimizer, l1: float) -> None:
                 p.grad.add_(p.sign(), alpha=l1)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """Scale all gradients so that their common 2-norm is at most `limit`, in place; None leaves them.
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients so that their common 2-norm is at most `limit`, in place.
 
     Returns
     -------
     Tensor : () float32, the norm before, NaN or infinite where a gradient is
     """
-    return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    return nn.utils.clip_grad_norm_(parameters, limit)
 
 
 def learning_rate(config: TrainConfig, iteration: int, total: int) -> float:
