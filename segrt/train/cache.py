@@ -88,7 +88,7 @@ class OpenCase:
     data : (C, Z, Y, X) float32 or float16
     labels : (Z, Y, X) int16 label values, -1 outside the image's non-zero region
     previous : (Z, Y, X) int16 labels of the stage before, None unless the model is a cascade
-    locations : (N, 3) int32, (z, y, x) of voxels; which rows are whose stands in `PreparedCase.locations`
+    locations : (N, 3) unsigned, (z, y, x) of voxels; which rows are whose stands in `PreparedCase.locations`
     """
 
     data: Stored

@@ -11,7 +11,7 @@ from ..spec import ModelSpec
 from .cache import Locations
 
 _SEED = 1234
-_MOST = 10_000
+MOST = 10_000
 _SHARE = 0.01
 
 
@@ -28,7 +28,7 @@ def find_locations(labels: Array, spec: ModelSpec) -> tuple[tuple[Locations, ...
     Returns
     -------
     locations : one for each label; empty where it has no voxel
-    points : (N, 3) int32, (z, y, x)
+    points : (N, 3) of the smallest unsigned integers that hold them, (z, y, x)
     """
     wanted = [label.values for label in spec.labels]
     if spec.head.activation == "softmax":
@@ -42,13 +42,13 @@ def find_locations(labels: Array, spec: ModelSpec) -> tuple[tuple[Locations, ...
     start = 0
     for values in wanted:
         together = np.concatenate([voxels[value] for value in values])
-        count = max(min(_MOST, len(together)), ceil(len(together) * _SHARE))
+        count = max(min(MOST, len(together)), ceil(len(together) * _SHARE))
         if count:
             drawn.append(together[draw.choice(len(together), count, replace=False)])
         rows.append(Locations(values=values, start=start, stop=start + count))
         start += count
     flat = np.concatenate(drawn) if drawn else np.empty(0, np.int64)
-    return tuple(rows), np.stack(np.unravel_index(flat, labels.shape), axis=1).astype(np.int32)
+    return tuple(rows), np.stack(np.unravel_index(flat, labels.shape), axis=1).astype(np.min_scalar_type(max(labels.shape)))
 
 
 def _by_value(labels: Array, values: list[int]) -> dict[int, Array]:

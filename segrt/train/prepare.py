@@ -11,9 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -21,9 +19,9 @@ from ..arrays import Array, FloatArray, ProgressFn, cpu_threads
 from ..bundle import sha256, staged_folder
 from ..errors import InputError
 from ..io import read_labels
-from ..io.peek import find_labels, peek
+from ..io.peek import find_labels
 from ..memory import available_bytes
-from ..preprocess import place_labels, preprocess, working_grid
+from ..preprocess import place_labels, preprocess
 from ..spec import ModelSpec, PreviousStage
 from ..volume import Placement, Volume
 from .cache import MARKER, SUFFIXES, Prepared, PreparedCase, Storage, find_case, write_array
@@ -32,15 +30,12 @@ from .configuration import Configuration
 from .dataset import read_training_case
 from .locations import find_locations
 from .parallel import run_each
+from .sizes import DType, cache_bytes, case_memory
 
 logger = logging.getLogger(__name__)
 
-DType = Literal["float32", "float16"]
-
 _FORMAT = 1  # raised when what is written for the same key changes
 _STALE_S = 3600.0
-_SHRINKS_TO = 0.8  # of its size: what LZ4 leaves of resampled float32 intensities and their labels, measured .55 to .9
-_SLACK_BYTES = 256 * 2**20  # a worker's own Python and compiled kernels
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,6 @@ class _Job:
     dataset: Dataset
     spec: ModelSpec
     folder: Path
-    key: str
     dtype: DType
     storage: Storage
     previous: Path | None
@@ -70,6 +64,10 @@ def prepare(
 ) -> Prepared:
     """Bring every case of a dataset onto the working grid and keep it in `folder`, one subfolder a case.
 
+    The image is what the runtime's `preprocess` makes of it, so what a network learns from is what it will be given. (nnU-Net takes
+    mean and variance of a masked channel over the labelled voxels too, where it trains, and cannot where it predicts.) Labels are brought
+    onto the same grid by the model's rule for labels.
+
     A case is done again when its files are not whole, when the dataset's files changed, or when something its result depends on differs
     (normalisation, grid, resampling, labels, `dtype`, `storage`); what the network, the patch or the batch is changes nothing.
 
@@ -87,19 +85,16 @@ def prepare(
     BackendError
         When a worker was killed.
     """
-    jobs = [
-        _Job(case, dataset, configuration.spec, folder, _key(case, configuration.spec, dtype, storage, earlier), dtype, storage, earlier)
-        for case in dataset.cases
-        for earlier in (_earlier(case, configuration.spec, previous),)
-    ]
-    found = {job.case.name: find_case(folder / job.case.name, job.key) for job in jobs}
+    spec = configuration.spec
+    jobs = [_Job(case, dataset, spec, folder, dtype, storage, _earlier(case, spec, previous)) for case in dataset.cases]
+    found = {job.case.name: find_case(folder / job.case.name, _key(job)) for job in jobs}
     todo = [job for job in jobs if found[job.case.name] is None]
     _clear(folder)
     _check_disk(todo, folder)
     logger.info("%s: %d of %d cases are prepared already", folder, len(jobs) - len(todo), len(jobs))
-    at_once, ready = _at_once(todo, workers), len(jobs) - len(todo)
+    at_once, ready = _at_once(todo, spec, workers), len(jobs) - len(todo)
     # the largest first, so that none of them is left when the others are done
-    todo.sort(key=_memory, reverse=True)
+    todo.sort(key=lambda job: case_memory(job.case, spec), reverse=True)
     made = run_each(
         _prepare_case if at_once < 2 else _in_worker,
         todo,
@@ -108,24 +103,6 @@ def prepare(
     )
     found |= {case.name: case for case in made}
     return Prepared(folder, tuple(case for case in found.values() if case is not None))
-
-
-def cache_bytes(cases: Sequence[TrainingCase], spec: ModelSpec, *, dtype: DType = "float32", storage: Storage = "blosc2") -> int:
-    """Estimate what prepared cases take on disk, in bytes, from the images' headers; the crop to what is not zero is not counted."""
-    voxels = sum(_voxels(case, spec)[1] for case in cases)
-    one = len(spec.channels) * np.dtype(dtype).itemsize + 2 * (2 if spec.previous else 1)
-    return int(voxels * one * (_SHRINKS_TO if storage == "blosc2" else 1))
-
-
-def _voxels(case: TrainingCase, spec: ModelSpec) -> tuple[int, int]:
-    """Voxels of the image and of its working grid; zeros when the header cannot be read, which the reader will say better."""
-    header = peek(case.images)
-    if header is None:
-        return 0, 0
-    grid, t = header[0], spec.transpose
-    turned = (grid.shape[t[0]], grid.shape[t[1]], grid.shape[t[2]])
-    working, _ = working_grid(spec, turned, (grid.spacing[t[0]], grid.spacing[t[1]], grid.spacing[t[2]]))
-    return prod(grid.shape), prod(working)
 
 
 def _earlier(case: TrainingCase, spec: ModelSpec, previous: Path | None) -> Path | None:
@@ -137,16 +114,21 @@ def _earlier(case: TrainingCase, spec: ModelSpec, previous: Path | None) -> Path
     return find_labels(previous, case.name)
 
 
-def _key(case: TrainingCase, spec: ModelSpec, dtype: DType, storage: Storage, earlier: Path | None) -> str:
+def _key(job: _Job) -> str:
+    """Hash of all that a prepared case depends on."""
     parts = {"transpose", "crop_nonzero", "target", "resample_image", "resample_labels", "ignore", "previous"}
-    files = [*case.images, *(path for path in (case.labels, earlier) if path is not None)]
-    stats = [path.stat() for file in files for path in ([file] if not file.is_dir() else sorted(file.iterdir()))]
+    files = [*job.case.images, *(path for path in (job.case.labels, job.previous) if path is not None)]
+    try:
+        stats = [path.stat() for file in files for path in (sorted(file.iterdir()) if file.is_dir() else [file])]
+    except OSError as err:
+        raise InputError(f"case {job.case.name} cannot be read: {err.filename}: {_reason(err)}") from err
     depends = {
         "format": _FORMAT,
-        "spec": spec.model_dump(mode="json", include=parts),
-        "normalization": [channel.normalization.model_dump(mode="json") for channel in spec.channels],
-        "labels": [label.values for label in spec.labels],
-        "stored": [dtype, storage],
+        "spec": job.spec.model_dump(mode="json", include=parts),
+        "normalization": [channel.normalization.model_dump(mode="json") for channel in job.spec.channels],
+        "labels": [label.values for label in job.spec.labels],
+        "npy_window": job.dataset.npy_window,
+        "stored": [job.dtype, job.storage],
         "files": [[str(file) for file in files], *([stat.st_size, stat.st_mtime_ns] for stat in stats)],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
@@ -179,21 +161,14 @@ def _check_disk(jobs: Sequence[_Job], folder: Path) -> None:
         )
 
 
-def _at_once(jobs: Sequence[_Job], workers: int) -> int:
+def _at_once(jobs: Sequence[_Job], spec: ModelSpec, workers: int) -> int:
     """How many of the largest case fit into memory, at most `workers`."""
-    largest = max((_memory(job) for job in jobs), default=1)
+    largest = max((case_memory(job.case, spec) for job in jobs), default=1)
     free = available_bytes()
     fit = max(1, free // largest) if free else workers
     if fit < min(workers, len(jobs)):
         logger.warning("%d workers instead of %d: the largest case takes %.1f GB of memory", fit, workers, largest / 1e9)
     return min(workers, fit)
-
-
-def _memory(job: _Job) -> int:
-    """Upper bound of what preparing a case holds, in bytes: the image as read and as float32, the result, its copy, labels and masks."""
-    image, working = _voxels(job.case, job.spec)
-    channels = len(job.spec.channels)
-    return image * (8 * channels + 12) + working * (12 * channels + 24) + _SLACK_BYTES
 
 
 def _in_worker(job: _Job) -> PreparedCase:
@@ -202,16 +177,17 @@ def _in_worker(job: _Job) -> PreparedCase:
 
 
 def _prepare_case(job: _Job) -> PreparedCase:
+    key = _key(job)  # before anything is read: what changes later is noticed the next time
     volume, labels = read_training_case(job.case, job.dataset)
-    _check_labels(job, labels)
     data, placement, earlier = _working(job, volume)
     placed = place_labels(labels, volume, job.spec, placement)
     rows, points = find_locations(placed, job.spec)
-    stored = data.astype(job.dtype)
-    if job.dtype == "float16" and not np.isfinite(stored).all():
-        raise InputError(f"{job.case.name}: normalised intensities up to {np.abs(data).max():g} do not fit into float16; store float32")
+    if job.dtype == "float16" and (largest := np.abs(data).max()) > np.finfo(np.float16).max:
+        raise InputError(f"{job.case.name}: normalised intensities up to {largest:g} do not fit into float16; store float32")
     suffix = SUFFIXES[job.storage]
-    arrays = {f"data{suffix}": stored, f"labels{suffix}": placed} | ({f"previous{suffix}": earlier} if earlier is not None else {})
+    arrays = {f"data{suffix}": data.astype(job.dtype, copy=False), f"labels{suffix}": placed}
+    if earlier is not None:
+        arrays[f"previous{suffix}"] = earlier
     place = job.folder / job.case.name
     with _disk_errors(place), staged_folder(place) as part:
         for name, array in arrays.items():
@@ -220,7 +196,7 @@ def _prepare_case(job: _Job) -> PreparedCase:
         files = sorted(part.iterdir())
         case = PreparedCase(
             name=job.case.name,
-            key=job.key,
+            key=key,
             shape=placement.shape,
             storage=job.storage,
             dtype=job.dtype,
@@ -245,12 +221,6 @@ def _working(job: _Job, volume: Volume) -> tuple[FloatArray, Placement, Array | 
     one = spec.model_copy(update={"previous": PreviousStage(values=spec.previous.values[:1])})
     data, placement = preprocess(volume, one, previous=earlier)
     return data[:-1], placement, place_labels(earlier, volume, spec, placement)
-
-
-def _check_labels(job: _Job, labels: Array) -> None:
-    known = {*job.dataset.values, *(() if job.dataset.ignore is None else (job.dataset.ignore,))}
-    if unknown := sorted({int(value) for value in np.unique(labels)} - known):
-        raise InputError(f"{job.case.labels}: label {unknown[0]} is not one of the dataset's ({', '.join(map(str, sorted(known)))})")
 
 
 @contextmanager

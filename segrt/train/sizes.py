@@ -1,0 +1,48 @@
+"""TRAIN, what preparing cases will take on disk and in memory, from headers alone; asked before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+from ..io.peek import peek
+from ..preprocess import working_grid
+from ..spec import ModelSpec
+from .cache import Storage
+from .cases import TrainingCase
+from .locations import MOST
+
+DType = Literal["float32", "float16"]
+
+_SHRINKS_TO = 0.8  # of its size: what LZ4 leaves of intensities and their labels; measured .44 (MR as it is) to 1.07 (resampled noise)
+_POINT_BYTES = 6
+_SLACK_BYTES = 256 * 2**20  # a worker's own Python and compiled kernels
+
+
+def cache_bytes(cases: Sequence[TrainingCase], spec: ModelSpec, *, dtype: DType = "float32", storage: Storage = "blosc2") -> int:
+    """Estimate what prepared cases take on disk, in bytes; the crop to what is not zero, which makes them smaller, is not known yet."""
+    voxels = [_voxels(case, spec)[1] for case in cases]
+    one = len(spec.channels) * np.dtype(dtype).itemsize + 2 * (2 if spec.previous else 1)
+    points = sum(min(MOST * len(spec.labels), size) for size in voxels) * _POINT_BYTES
+    return int(sum(voxels) * one * (_SHRINKS_TO if storage == "blosc2" else 1)) + points
+
+
+def case_memory(case: TrainingCase, spec: ModelSpec) -> int:
+    """Upper bound of what preparing a case holds, in bytes: the image as read and as float32, the result and a copy, labels and masks."""
+    image, working = _voxels(case, spec)
+    channels = len(spec.channels)
+    return image * (8 * channels + 12) + working * (12 * channels + 24) + _SLACK_BYTES
+
+
+def _voxels(case: TrainingCase, spec: ModelSpec) -> tuple[int, int]:
+    """Voxels of the image and of its working grid; zeros when the header cannot be read, which the reader will say better."""
+    header = peek(case.images)
+    if header is None:
+        return 0, 0
+    grid, t = header[0], spec.transpose
+    turned = (grid.shape[t[0]], grid.shape[t[1]], grid.shape[t[2]])
+    working, _ = working_grid(spec, turned, (grid.spacing[t[0]], grid.spacing[t[1]], grid.spacing[t[2]]))
+    return prod(grid.shape), prod(working)
