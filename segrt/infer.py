@@ -102,6 +102,7 @@ def _run(loop: _Loop, engines: Sequence[Engine], spec: ModelSpec, data: FloatArr
         total.move_to(slab)
         for entries, logits in loop.over(slab.entries, engines):
             total.add(logits, entries, loop.share)
+            del logits  # as large as the network's own memory, and the next ones are made before this name gets them
         first, last = max(slab.base, low), min(slab.stop, low + depth)
         if first < last:
             yield Planes(total.logits[:, first - slab.base : last - slab.base, y, x], first - low, min(max(slab.ready - low, 0), depth))
@@ -166,6 +167,7 @@ class _Loop:
                 most = self._most[id(engine)] = _fewer(engine, len(part), err)
                 continue
             yield part, logits
+            del logits
             first += len(part)
 
     def _shared(self, engine: Engine, value: bytes, entries: Array, *, count: bool) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -244,3 +245,18 @@ def test_a_window_that_does_not_fit_is_a_sentence() -> None:
         run(to_device(noise((8, 8, 8)), "simulated"), [FunctionEngine(never, batch=4, device="simulated")], make_spec(**IDENTITY))
     with pytest.raises(MemoryError):
         run(noise((8, 8, 8)), [FunctionEngine(never, batch=4)], make_spec(**IDENTITY))
+
+
+def test_logits_of_a_batch_are_gone_before_the_next_are_made() -> None:
+    made: list[weakref.ref[Array]] = []
+    alive: list[int] = []
+
+    class Watched(FunctionEngine):
+        def __call__(self, patches: FloatArray) -> FloatArray:
+            alive.append(sum(logits() is not None for logits in made))
+            logits = super().__call__(patches)
+            made.append(weakref.ref(logits))
+            return logits
+
+    infer(noise((24, 8, 8)), [Watched(np.sin)], make_spec(**IDENTITY)).whole()
+    assert alive == [0] * 5
