@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,12 @@ def test_sides_that_do_not_fit_are_a_sentence(network: VNetSpec, shape: tuple[in
 def test_kernels_smaller_than_their_strides_are_refused() -> None:
     with pytest.raises(ValueError, match="leaves out voxels"):
         spec(kernels=((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)))
+
+
+def test_the_spec_survives_its_json() -> None:
+    made = make_spec(network=spec(elu=True, dropout=0.1, deep_supervision=True, **SPINE), patch=(12, 32, 32))
+    assert parse_spec(json.loads(made.to_json())) == made
+    assert made.dimensions == 3
 
 
 def test_weights_start_as_paddle_starts_them() -> None:
