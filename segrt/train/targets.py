@@ -45,9 +45,10 @@ def _indices(labels: Tensor, spec: ModelSpec) -> Tensor:
     values = spec.head.values
     if spec.ignore is None and values == tuple(range(len(values))):
         return labels.clamp(min=0)
-    # the last entry is what -1 finds
+    # the last entry is what -1 finds: the background
     table = np.zeros(max(*values, spec.ignore or 0) + 2, np.int16)
     table[list(values)] = np.arange(len(values))
+    table[-1] = table[0]
     if spec.ignore is not None:
         table[spec.ignore] = IGNORED
     return torch.from_numpy(table[labels.numpy()])
