@@ -32,8 +32,9 @@ class _Settings:
         with self._lock:
             if not self._running:
                 cudnn = require("torch", extra="export").backends.cudnn
-                # deterministic, for repeated runs give equal bytes; without tf32, for fp32 means it
-                self._before.enter_context(cudnn.flags(enabled=True, benchmark=True, deterministic=True, allow_tf32=False))
+                # without benchmark: it times the algorithms anew in every thread, and the same patches got other bytes in another thread;
+                # without tf32, for fp32 means it
+                self._before.enter_context(cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False))
             self._running += 1
 
     def __exit__(self, *_: object) -> None:
@@ -49,10 +50,11 @@ _SETTINGS = _Settings()
 class TorchEngine:
     """A torch module in evaluation mode, on memory shared with CuPy or NumPy.
 
-    On the CPU bf16 is autocast. On a GPU ("simulated" goes the same way on the CPU) fp16 and bf16 are the weights' own type, channels
-    last: autocast would round every weight anew in each call. Normalisation keeps float32 parameters and sums in float32, for a 16-bit sum
-    over a window overflows; only what it reads and writes has 16 bits. fp16 logits stay float16; bf16 ones come out as float32, which holds
-    their range.
+    On the CPU bf16 is autocast. On a GPU ("simulated" goes the same way on the CPU) fp16 and bf16 are the weights' own type: autocast
+    would round every weight anew in each call. Channels are last only where torch.compile makes the normalisation: torch's own turns them
+    first, and on an H200 that took more than half of a window's time. Normalisation keeps float32 parameters and sums in float32, for a
+    16-bit sum over a window overflows; only what it reads and writes has 16 bits. fp16 logits stay float16; bf16 ones come out as float32,
+    which holds their range.
 
     Parameters
     ----------
@@ -79,8 +81,9 @@ class TorchEngine:
         self._classes, self._dimensions, self._precision = classes, dimensions, precision
         self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         self._network = network.eval()
+        self._format = _channels_last(dimensions) if compiled else torch.contiguous_format
         if device != "cpu":
-            self._network = _rounded(self._network.to(self._place), self._dtype, dimensions)
+            self._network = _rounded(self._network.to(self._place), self._dtype).to(memory_format=self._format)
         self._compiled = torch.compile(self._network) if compiled else None
         self._lock: Any = nullcontext() if device == "cpu" else threading.Lock()
         self.batch = batch
@@ -105,7 +108,7 @@ class TorchEngine:
         if self._dimensions == 2:
             source, target = source[:, :, 0], target[:, :, 0]
         if self.device != "cpu":
-            source = source.to(self._dtype, memory_format=_channels_last(self._dimensions))
+            source = source.to(self._dtype, memory_format=self._format)
         target.copy_(self._logits(source))
 
     def _logits(self, source: Any) -> Any:
@@ -187,15 +190,15 @@ def _check_torch(device: str) -> None:
         raise BackendError(f"torch {torch.__version__} cannot compute on {device}; install a build of torch for CUDA 13")
 
 
-def _rounded(network: Any, dtype: Any, dimensions: int) -> Any:
-    """The network with weights of `dtype`, channels last, and normalisation left in float32."""
+def _rounded(network: Any, dtype: Any) -> Any:
+    """The network with weights of `dtype`, and normalisation left in float32."""
     torch = require("torch", extra="export")
     norms = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm)
     for module in network.modules():
         if not isinstance(module, norms):
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-    return network.to(memory_format=_channels_last(dimensions))
+    return network
 
 
 def _channels_last(dimensions: int) -> Any:
