@@ -225,13 +225,15 @@ def _upload(array: Array) -> Any:
     result = cupy.empty(array.shape, array.dtype)
     target, source = result.reshape(-1).view(np.uint8), array.reshape(-1).view(np.uint8)
     stream = cupy.cuda.get_current_stream()
-    for first, stage, ready in _stages(source.size):
-        size = min(_STAGE_BYTES, source.size - first)
+    stages = _stages(source.size)
+    for turn, first in enumerate(range(0, source.size, _STAGE_BYTES)):
+        (stage, ready), size = stages[turn % 2], min(_STAGE_BYTES, source.size - first)
         ready.synchronize()
         stage[:size] = source[first : first + size]
         target[first : first + size].set(stage[:size], stream=stream)
         ready.record(stream)
-    stream.synchronize()  # the buffers go back to their pool
+    # only then may the buffers go back to their pool, where another thread finds them
+    stream.synchronize()
     return result
 
 
@@ -242,10 +244,11 @@ def _download(array: Any) -> Array:
     target = result.reshape(-1).view(np.uint8)
     stream = cupy.cuda.get_current_stream()
     waiting: list[tuple[int, Array, Any]] = []
-    for first, stage, ready in _stages(source.size):
+    stages = _stages(source.size)
+    for turn, first in enumerate(range(0, source.size, _STAGE_BYTES)):
         if len(waiting) == 2:
             _drain(waiting.pop(0), target)
-        size = min(_STAGE_BYTES, source.size - first)
+        (stage, ready), size = stages[turn % 2], min(_STAGE_BYTES, source.size - first)
         source[first : first + size].get(stream=stream, out=stage[:size], blocking=False)
         ready.record(stream)
         waiting.append((first, stage[:size], ready))
@@ -260,9 +263,7 @@ def _drain(item: tuple[int, Array, Any], target: Array) -> None:
     target[first : first + len(stage)] = stage
 
 
-def _stages(size: int) -> Iterator[tuple[int, Array, Any]]:
-    """Yield (first byte, pinned buffer, event) for every part of `size` bytes, two buffers in turn."""
+def _stages(size: int) -> list[tuple[Array, Any]]:
+    """Two pinned buffers, each with the event that says when the device is done with it."""
     cupy, cupyx = require("cupy", extra="gpu"), require("cupyx", extra="gpu")
-    buffers = [(cupyx.empty_pinned(min(size, _STAGE_BYTES), np.uint8), cupy.cuda.Event(disable_timing=True)) for _ in range(2)]
-    for turn, first in enumerate(range(0, size, _STAGE_BYTES)):
-        yield (first, *buffers[turn % 2])
+    return [(cupyx.empty_pinned(min(size, _STAGE_BYTES), np.uint8), cupy.cuda.Event(disable_timing=True)) for _ in range(2)]
