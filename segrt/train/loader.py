@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import InputError, SegrtError
+from ..errors import BackendError, InputError, SegrtError
 from ..networks import supervision_scales
 from .augment import Augment, Augmentation, initial_patch
 from .cache import Prepared
@@ -120,6 +120,7 @@ class BatchStream(Iterator[Batch]):
         loader = DataLoader(
             source,
             batch_size=None,
+            collate_fn=_as_made,
             sampler=itertools.count(first),
             num_workers=workers,
             prefetch_factor=_AHEAD if workers else None,
@@ -136,15 +137,21 @@ class BatchStream(Iterator[Batch]):
         Raises
         ------
         SegrtError
-            What a worker could not do; the sentence names the case.
+            What a worker could not do (the sentence names the case), or that one was killed.
         """
         if self._batches is None:
             raise StopIteration
-        made = next(self._batches)
+        try:
+            made = next(self._batches)
+        except RuntimeError as err:
+            self.close()
+            if "DataLoader worker" not in str(err):
+                raise
+            raise BackendError("a process that makes batches was killed, most likely for want of memory; use fewer workers") from err
         if isinstance(made, SegrtError):
             self.close()
             raise made
-        return Batch(*made)
+        return made
 
     def close(self) -> None:
         """End the workers and give their memory back."""
@@ -190,6 +197,11 @@ class _Source(Dataset[Batch]):
         except BaseException as err:
             err.add_note(f"while making batch {number}, case {case.name}")
             raise
+
+
+def _as_made(made: Any) -> Any:
+    """Batches are put together by their source."""
+    return made
 
 
 def _context() -> Any:
