@@ -93,7 +93,7 @@ def train(
 ) -> None:
     """Check, plan, prepare, train, validate, and write a bundle for segrt-build and segrt-predict.
 
-    The same command goes on where an earlier run stopped. Several GPUs: torchrun --nproc-per-node 2 -m segrt.cli.train DATASET ...
+    The same command goes on where an earlier run stopped. Several GPUs: torchrun --nproc-per-node 2 --no-python segrt-train DATASET ...
 
     Exit codes: 0 done, 2 not, 130 stopped by a signal and saved.
     """
@@ -178,7 +178,3 @@ def train(
 def main() -> None:
     """Run the command."""
     run(app)
-
-
-if __name__ == "__main__":
-    main()
