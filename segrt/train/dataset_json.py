@@ -73,7 +73,7 @@ def _values(value: Any, where: str) -> tuple[int, ...]:
     parts = value if isinstance(value, list | tuple) else [value]
     try:
         numbers = tuple(int(part) for part in parts if not isinstance(part, float) or part == int(part))
-    except (TypeError, ValueError) as err:
+    except (TypeError, ValueError, OverflowError) as err:
         raise InputError(f"{where}: expected a label value or a list of them, got {value!r}") from err
     if not numbers or len(numbers) != len(parts):
         raise InputError(f"{where}: expected a label value or a list of them, got {value!r}")

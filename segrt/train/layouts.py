@@ -39,13 +39,11 @@ def described(folder: Path, declared: Declared) -> Found:
     if isinstance(values.get("dataset"), dict):
         found = Found(_sorted(_entry(folder, name, entry) for name, entry in values["dataset"].items()))
     elif isinstance(values.get("training"), list) and values["training"]:
-        found = _decathlon(folder, values)
+        found = _decathlon(folder, values, len(declared.channels))
     else:
         found = _nnunet_raw(folder, len(declared.channels), values.get("file_ending"))
+        _check_count(folder, values.get("numTraining"), len(found.cases))
     _check_exist(folder, found.cases)
-    wanted = values.get("numTraining")
-    if isinstance(wanted, int) and wanted != len(found.cases):
-        raise InputError(f"{folder}/dataset.json: numTraining is {wanted}, found {len(found.cases)} cases; complete the copy or correct it")
     return found
 
 
@@ -96,6 +94,10 @@ def suffixed(images: Path, labels: Path, image_suffixes: Sequence[str], label_su
     InputError
         When nothing fits, or a case lacks a channel or its label map.
     """
+    if images == labels and label_suffix in image_suffixes:
+        raise InputError(
+            f"label_suffix: expected one that tells label maps from images ({', '.join(image_suffixes)}), got {label_suffix!r}"
+        )
     maps = _keyed(labels, label_suffix, other=None)
     channels = [_keyed(images, suffix, other=label_suffix if images == labels else None) for suffix in image_suffixes]
     groups = {key: [channel[key] for channel in channels if key in channel] for key in sorted({k for c in channels for k in c})}
@@ -114,20 +116,37 @@ def _entry(folder: Path, name: str, entry: Any) -> TrainingCase:
     return TrainingCase(name, tuple(folder / str(image) for image in entry["images"]), folder / entry["label"])
 
 
-def _decathlon(folder: Path, values: Mapping[str, Any]) -> Found:
+def _decathlon(folder: Path, values: Mapping[str, Any], channels: int) -> Found:
     cases = []
     for at, entry in enumerate(values["training"]):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not isinstance(entry.get("label"), str):
             raise InputError(f"{folder}/dataset.json: training.{at}: expected 'image' and 'label', got {entry!r}")
         image = folder / entry["image"]
-        cases.append(TrainingCase(_stem(image), (image,), folder / entry["label"]))
-    tests = [entry["image"] if isinstance(entry, dict) else str(entry) for entry in values.get("test") or ()]
-    present = [folder / test for test in tests if (folder / test).is_file()]
-    return Found(_sorted(cases), _sorted(TrainingCase(_stem(path), (path,)) for path in present))
+        cases.append(TrainingCase(_stem(image), _channel_files(image, channels), folder / entry["label"]))
+    tests = values.get("test")
+    tests = [str(entry.get("image", "") if isinstance(entry, dict) else entry) for entry in tests] if isinstance(tests, list) else []
+    left = [TrainingCase(_stem(folder / test), _channel_files(folder / test, channels)) for test in tests]
+    return Found(_sorted(cases), _sorted(case for case in left if all(path.is_file() for path in case.images)))
 
 
-def _nnunet_raw(folder: Path, channels: int, ending: str | None) -> Found:
+def _channel_files(image: Path, channels: int) -> tuple[Path, ...]:
+    """The listed file, or the files nnU-Net v1 means by it: a.nii.gz for a_0000.nii.gz, a_0001.nii.gz, ..."""
+    stem = _stem(image)
+    if image.exists() or not image.with_name(f"{stem}_0000{image.name[len(stem) :]}").exists():
+        return (image,)
+    return tuple(image.with_name(f"{stem}_{k:04d}{image.name[len(stem) :]}") for k in range(channels))
+
+
+def _check_count(folder: Path, wanted: object, found: int) -> None:
+    """A folder with fewer files than its author counted is an incomplete copy; a list names its files itself."""
+    if isinstance(wanted, int) and wanted != found:
+        raise InputError(f"{folder}/dataset.json: numTraining is {wanted}, found {found} cases; complete the copy or correct it")
+
+
+def _nnunet_raw(folder: Path, channels: int, ending: Any) -> Found:
     images, labels = folder / "imagesTr", folder / "labelsTr"
+    if not isinstance(ending, str | None):
+        raise InputError(f"{folder}/dataset.json: file_ending: expected a suffix such as '.nii.gz', got {ending!r}")
     for part in (images, labels):
         if not part.is_dir():
             raise InputError(f"{folder}: {part.name} is missing; expected imagesTr and labelsTr beside dataset.json")

@@ -160,7 +160,7 @@ def _reasons(stage: Stage, spec: ModelSpec, target: Target, fingerprint: Fingerp
             f"Axes are halved while 4 voxels are left and their spacing is within a factor 2 of the finest: {topology.stages} stages, "
             f"strides {_times(topology.divisor)} in all; kernels are 1 along an axis as long as it is twice as coarse."
         ),
-        "network": f"{'Residual' if stage.preset.residual else 'Plain'} U-Net, features from 32 doubling up to {spec_features(spec)}.",
+        "network": f"{'Residual' if stage.preset.residual else 'Plain'} U-Net, features from 32 doubling up to {_most_features(spec)}.",
         "batch_size": (
             f"{fitting} fit into {stage.memory_gb:g} GB and {covering} would cover {stage.preset.coverage:.0%} of the dataset's voxels; "
             f"the smaller counts, but at least {SMALLEST_BATCH}."
@@ -174,8 +174,7 @@ def _reasons(stage: Stage, spec: ModelSpec, target: Target, fingerprint: Fingerp
     }
 
 
-def spec_features(spec: ModelSpec) -> int:
-    """Features of the lowest resolution."""
+def _most_features(spec: ModelSpec) -> int:
     return max(spec.network.features) if isinstance(spec.network, UNetSpec) else 0
 
 

@@ -69,12 +69,15 @@ def plan_vnet(
     spacing = np.median(np.asarray(fingerprint.spacings), axis=0).tolist()
     median = np.median(np.asarray(fingerprint.shapes), axis=0).tolist()
     target = SpacingTarget(spacing=tuple(spacing)) if sliding else ShapeTarget(shape=shape)
-    image, labels = (1, 0) if resampling == "linear" else (3, 3)
+    image, labels = (Resampling(order=1, separate=False), Resampling(order=0, separate=False))
+    if resampling == "cubic":
+        image = labels = Resampling(order=3, separate=False)
     head = head_of(dataset)
     channels = tuple(
         Channel(name=name, normalization=_normalization(_named(window, name), values, name))
         for name, values in zip(dataset.channels, fingerprint.intensities, strict=True)
     )
+    network = VNetSpec(in_channels=len(channels), out_channels=len(head.values), width=width, deep_supervision=deep_supervision)
     spec = ModelSpec(
         name=dataset.name,
         source="segrt-train, V-Net",
@@ -84,11 +87,11 @@ def plan_vnet(
         head=head,
         crop_nonzero=False,
         target=target,
-        resample_image=Resampling(order=1 if image == 1 else 3, separate=False),
-        resample_labels=Resampling(order=0 if labels == 0 else 3, separate=False),
+        resample_image=image,
+        resample_labels=labels,
         resample_logits=Resampling(order=1, separate=False),
         inference=Inference(patch=shape, step=_step(shape) if sliding else 1.0, blending="uniform"),
-        network=VNetSpec(in_channels=len(channels), out_channels=len(head.values), width=width, deep_supervision=deep_supervision),
+        network=network,
         members=UNTRAINED,
     )
     configuration = Configuration(
@@ -97,7 +100,7 @@ def plan_vnet(
         batch_dice=True,
         median_shape=tuple(median) if sliding else shape,
         deep_supervision=deep_supervision,
-        reasons=_reasons(spec, sliding=sliding),
+        reasons=_reasons(spec, network, sliding=sliding),
     )
     return Plan(
         dataset=dataset.name,
@@ -149,7 +152,7 @@ def _step(shape: Shape3) -> float:
     return min(max(1 - OVERLAP / side, 0.75) for side in shape)
 
 
-def _reasons(spec: ModelSpec, *, sliding: bool) -> dict[str, str]:
+def _reasons(spec: ModelSpec, network: VNetSpec, *, sliding: bool) -> dict[str, str]:
     size = " x ".join(str(n) for n in spec.inference.patch)
     grid = (
         f"Images keep the dataset's median spacing, and windows of {size} voxels slide over them, averaged uniformly."
@@ -164,14 +167,11 @@ def _reasons(spec: ModelSpec, *, sliding: bool) -> dict[str, str]:
         "network": "The V-Net of the article: kernels of 5 voxels, residual stages, PReLU.",
         "batch_size": f"The article's {BATCH}.",
         "batch_dice": "The article's Dice loss sums over the whole batch.",
-        "deep_supervision": "Heads at the coarser levels were asked for." if spec_supervised(spec) else "The article's V-Net has one head.",
+        "deep_supervision": "Heads at the coarser levels were asked for."
+        if network.deep_supervision
+        else "The article's V-Net has one head.",
         "mirroring": "The article predicts each window once, without mirroring.",
     }
-
-
-def spec_supervised(spec: ModelSpec) -> bool:
-    """Whether the network has heads at coarser levels."""
-    return isinstance(spec.network, VNetSpec) and spec.network.deep_supervision
 
 
 def _told(norm: Normalization) -> str:

@@ -143,6 +143,26 @@ def test_decathlon_folders_split_their_fourth_axis_into_channels(tmp_path: Path)
     np.testing.assert_array_equal(read, labels())
 
 
+def test_lists_that_leave_out_the_channel_number(tmp_path: Path) -> None:
+    """As nnU-Net v1 writes them."""
+    for k in range(2):
+        write_case(tmp_path / "imagesTr" / f"a_{k:04d}.nii.gz", image(k))
+    write_case(tmp_path / "labelsTr" / "a.nii.gz", labels())
+    training = [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]
+    write_json(tmp_path, modality={"0": "CT", "1": "PET"}, labels={"0": "background", "1": "a", "2": "b"}, training=training)
+    dataset = open_dataset(tmp_path)
+    assert [p.name for p in dataset.cases[0].images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+    assert read_training_case(dataset.cases[0], dataset)[0].data.shape[0] == 2
+
+
+def test_nnunet_raw_with_all_colours_in_one_picture(tmp_path: Path) -> None:
+    write_colours(tmp_path / "imagesTr" / "a_0000.png", np.arange(126, dtype=np.uint8).reshape(6, 7, 3))
+    write_case(tmp_path / "labelsTr" / "a.png", np.ones((1, 6, 7), np.uint8), (999, 1, 1), dimensions=2)
+    write_json(tmp_path, channel_names={"0": "R", "1": "G", "2": "B"}, labels={"background": 0, "a": 1}, numTraining=1, file_ending=".png")
+    dataset = open_dataset(tmp_path)
+    assert read_training_case(dataset.cases[0], dataset)[0].data.shape == (3, 1, 6, 7)
+
+
 def test_pairs_of_folders(tmp_path: Path) -> None:
     dataset = open_dataset(pairs(tmp_path), channels=["CT"])
     assert [case.name for case in dataset.cases] == ["a", "b"]
@@ -188,6 +208,11 @@ def test_pairs_by_the_end_of_the_label_maps_name_alone(tmp_path: Path) -> None:
     assert [case.name for case in open_dataset(tmp_path, label_suffix="_mask").cases] == ["x_1", "x_2"]
 
 
+def test_one_end_for_images_and_label_maps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"label_suffix: expected one that tells label maps from images \(_x\), got '_x'"):
+        open_dataset(tmp_path, image_suffix="_x", label_suffix="_x")
+
+
 def test_equal_names_in_several_folders_are_told_apart(tmp_path: Path) -> None:
     for folder in ("p1", "p2"):
         write_case(tmp_path / folder / "scan.nii.gz", image())
@@ -196,6 +221,7 @@ def test_equal_names_in_several_folders_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_npy_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SEEDS 2.12 g: lists came from an unsorted listing, so that pairs hung on the file system; here both names stand in one line."""
     folder = npy_lists(tmp_path)
     with caplog.at_level(logging.WARNING):
         dataset = open_dataset(folder)
@@ -230,6 +256,7 @@ def test_grey_and_colour_pictures(tmp_path: Path) -> None:
 
 
 def test_labels_need_not_be_consecutive(tmp_path: Path) -> None:
+    """SEEDS 2.12 q; they were remapped in sequence (h), so that 1 -> 2 and 2 -> 3 merged; here files keep their values."""
     folder = pairs(tmp_path)
     write_case(folder / "labels" / "a.nii.gz", labels((0, 5, 20)))
     write_case(folder / "labels" / "b.nii.gz", labels((0, 5)))
@@ -279,6 +306,11 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no labels": (bad_json(labels=None), r"dataset\.json: labels: expected names and values, such as"),
     "label of text": (bad_json(labels={"background": 0, "a": "x"}), r"labels\.a: expected a label value or a list of them, got 'x'"),
     "half a label": (bad_json(labels={"background": 0, "a": 1.5}), r"labels\.a: expected a label value or a list of them, got 1\.5"),
+    "endless label": (
+        bad_json(labels={"background": 0, "a": float("inf")}),
+        r"labels\.a: expected a label value or a list of them, got inf",
+    ),
+    "ending of a number": (bad_json(file_ending=5), r"file_ending: expected a suffix such as '\.nii\.gz', got 5"),
     "no channels": (bad_json(channel_names={}), r"channel_names \(or modality\): expected numbers and names, such as"),
     "no background": (bad_json(labels={"liver": 1}), r"labels: expected 'background' with the value 0, got liver"),
     "only background": (bad_json(labels={"background": 0}), r"labels: there is only background, expected at least one structure"),
