@@ -85,9 +85,9 @@ def train(
     work: Annotated[Path | None, typer.Option(help="Folder for prepared cases and checkpoints; OUTPUT.train by default.")] = None,
     channels: Annotated[str | None, typer.Option(help="Names of the channels, such as CT or T1,T2.")] = None,
     image_suffix: Annotated[
-        str | None, typer.Option(help="How image files end, one per channel, when the layout is none of the known.")
+        str | None, typer.Option(help="How image names end before .nii.gz, such as _t1,_t2, when the layout is none of the known.")
     ] = None,
-    label_suffix: Annotated[str | None, typer.Option(help="How label files end.")] = None,
+    label_suffix: Annotated[str | None, typer.Option(help="How names of label maps end.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle at OUTPUT.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False,
 ) -> None:

@@ -1,0 +1,232 @@
+"""segrt-train: each flag, exit codes, and errors as one sentence. Trainings themselves are in tests/e2e/test_train.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from train_jobs import write_dataset
+
+from segrt.cli import train as train_command
+from segrt.cli.training import TrainBars, is_first, join_processes, step_text
+from segrt.train.loop import Step
+
+
+class Answer(NamedTuple):
+    code: int
+    err: str
+
+
+Run = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "data")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the plans of all tests share: the check and the fingerprint."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["segrt-train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            train_command.main()
+        return Answer(int(left.value.code or 0), " ".join(capsys.readouterr().err.split()))
+
+    return command
+
+
+def refusal(answer: Answer) -> str:
+    assert answer.code == 2
+    assert "Traceback" not in answer.err
+    return answer.err[answer.err.index("error: ") :]
+
+
+FLAGS: list[tuple[list[str], str, Any]] = [
+    (["--config", "2d"], "configuration", "2d"),
+    (["-c", "2d"], "configuration", "2d"),
+    (["--fold", "0,3"], "folds", ["0", "3"]),
+    (["-f", "all"], "folds", ["all"]),
+    (["--split", "sorted:0.8"], "split", "sorted:0.8"),
+    (["--planner", "resenc_m"], "planner", "resenc_m"),
+    (["--memory-gb", "6"], "memory_gb", 6),
+    (["--iters", "77"], "iterations", 77),
+    (["--epochs", "200"], "iterations", 50_000),
+    (["--batch-size", "3"], "batch_size", 3),
+    (["--patch", "8,16,16"], "patch", [8, 16, 16]),
+    (["--width", "0.5"], "width", 0.5),
+    (["--no-deep-supervision"], "deep_supervision", False),
+    (["--deep-supervision"], "deep_supervision", True),
+    (["--optimizer", "adamw"], "optimizer", "adamw"),
+    (["--lr", "0.5"], "lr", 0.5),
+    (["--momentum", "0.5"], "momentum", 0.5),
+    (["--no-nesterov"], "nesterov", False),
+    (["--nesterov"], "nesterov", True),
+    (["--betas", "0.8,0.95"], "betas", [0.8, 0.95]),
+    (["--weight-decay", "0.5"], "weight_decay", 0.5),
+    (["--l1", "0.5"], "l1", 0.5),
+    (["--schedule", "cosine"], "schedule", "cosine"),
+    (["--schedule-by-iteration"], "schedule_by_epoch", False),
+    (["--iters", "20", "--schedule-by-epoch"], "schedule_by_epoch", True),
+    (["--power", "2"], "power", 2),
+    (["--end-lr", "0.001"], "end_lr", 0.001),
+    (["--decay-iters", "99"], "decay_iterations", 99),
+    (["--step-iters", "98"], "step_iterations", 98),
+    (["--gamma", "0.5"], "gamma", 0.5),
+    (["--loss", "mixed"], "loss", "mixed"),
+    (["--augmentation", "none"], "augmentation", "none"),
+    (["--oversampling", "0.5"], "oversampling", 0.5),
+    (["--precision", "bf16"], "precision", "bf16"),
+    (["--clip", "0"], "clip", 0),
+    (["--accumulation", "4"], "accumulation", 4),
+    (["--seed", "5"], "seed", 5),
+    (["--workers", "0"], "workers", 0),
+    (["--validation-interval", "9"], "validation_interval", 9),
+    (["--validation-batches", "8"], "validation_batches", 8),
+    (["--save-interval", "7"], "save_interval", 7),
+    (["--log-interval", "6"], "log_interval", 6),
+    (["--keep", "5"], "keep", 5),
+    (["--weights", "best"], "weights", "best"),
+    (["--model", "vnet", "--window", "abdomen"], "window", "abdomen"),
+    (["--model", "vnet", "--window=-100,50"], "window", [-100, 50]),
+    (["--model", "vnet", "--sliding"], "sliding", True),
+    (["--model", "vnet", "--resampling", "cubic"], "resampling", "cubic"),
+    (["--cache-dtype", "float16"], "cache", "float16"),
+    (["--profile"], "profile", [10, 20]),
+    (["--device", "cpu"], "device", "cpu"),
+]
+
+
+@pytest.mark.parametrize(("flags", "field", "value"), FLAGS, ids=[" ".join(flags) for flags, _, _ in FLAGS])
+def test_each_flag_reaches_the_configuration(run: Run, data: Path, work: Path, flags: list[str], field: str, value: object) -> None:
+    workers = [] if "--workers" in flags else ["--workers", "0"]
+    answer = run(data, "--plan-only", "--work", work, *workers, *flags)
+    assert answer.code == 0, answer.err
+    assert json.loads((work / "config.json").read_text())[field] == value
+
+
+def test_the_plan_alone(run: Run, data: Path) -> None:
+    answer = run(data, "-o", "balls", "--plan-only", "--workers", "0")
+    assert answer.code == 0
+    assert "plan: balls.train/plan.json (2d, 3d_fullres)" in answer.err
+    plan = json.loads(Path("balls.train/plan.json").read_text())
+    assert plan["configurations"]["3d_fullres"]["reasons"]
+    assert not Path("balls").exists()
+
+
+def test_a_plan_of_ones_own(run: Run, data: Path, work: Path) -> None:
+    assert run(data, "--plan-only", "--work", work, "--workers", "0").code == 0
+    plan = json.loads((work / "plan.json").read_text())
+    plan["configurations"]["3d_fullres"]["batch_size"] = 7
+    Path("own.json").write_text(json.dumps(plan))
+    assert run(data, "--plan-only", "--work", "other", "--workers", "0", "--plan", "own.json").code == 0
+    assert json.loads(Path("other/plan.json").read_text())["configurations"]["3d_fullres"]["batch_size"] == 7
+    assert "not.json" in refusal(run(data, "--plan-only", "--work", "other", "--workers", "0", "--plan", "not.json"))
+
+
+def test_what_a_dataset_does_not_say(run: Run, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "loose"
+    for case in range(3):
+        (folder / "scans").mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / "imagesTr" / f"ball_{case:03d}_0000.nii.gz", folder / "scans" / f"s{case}_image.nii.gz")
+        shutil.copy(data / "labelsTr" / f"ball_{case:03d}.nii.gz", folder / "scans" / f"s{case}_truth.nii.gz")
+    suffixes = ["--image-suffix", "_image", "--label-suffix", "_truth", "--channels", "CT"]
+    assert run(folder, "--plan-only", "--work", "w", "--workers", "0", *suffixes).code == 0
+    spec = json.loads(Path("w/plan.json").read_text())["configurations"]["3d_fullres"]["spec"]
+    assert [(c["name"], c["normalization"]["kind"]) for c in spec["channels"]] == [("CT", "ct")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--iters", "5", "--epochs", "5"], "--iters and --epochs say the same thing"),
+        (["--model", "unet"], "training: model: expected 'nnunet' or 'vnet', got 'unet'"),
+        (["--lr", "-1"], "training: lr: "),
+        (["--optimizer", "sgdd"], "training: optimizer: expected 'sgd', 'adam' or 'adamw', got 'sgdd'"),
+        (["--patch", "8,8"], "training: patch"),
+        (["--fold", "0,0"], "folds: expected no fold twice"),
+        (["--config", "3d_lowres"], "configuration: expected one the plan has (2d, 3d_fullres), got '3d_lowres'"),
+        (["--patch", "9,16,16"], "its side is a multiple of"),
+        (["--fold", "first"], "fold: expected a number or all, got 'first'"),
+        (["--split", "nowhere.json"], "split: 'nowhere.json' is neither"),
+        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--planner", "huge"], "training: planner"),
+        (["--model", "vnet", "--patch", "20,20,20"], "multiples of 16"),
+    ],
+)
+def test_sentences(run: Run, data: Path, work: Path, flags: list[str], sentence: str) -> None:
+    length = [] if "--iters" in flags else ["--iters", "1"]
+    assert sentence in refusal(run(data, "-o", "m", "--work", work, "--workers", "0", *length, *flags))
+    assert not Path("m").exists()
+
+
+def test_no_dataset(run: Run, tmp_path: Path) -> None:
+    assert "nowhere" in refusal(run(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refusal(run(tmp_path / "empty"))
+
+
+def test_a_dataset_with_a_wrong_label_names_the_file(run: Run, tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", cases=2)
+    described = json.loads((folder / "dataset.json").read_text())
+    described["labels"] = {"background": 0, "ball": 2}
+    (folder / "dataset.json").write_text(json.dumps(described))
+    sentence = refusal(run(folder, "--workers", "0"))
+    assert "cannot be trained on" in sentence
+    assert "ball_000.nii.gz" in sentence
+
+
+def test_an_existing_bundle_is_kept(run: Run, data: Path) -> None:
+    Path("m").mkdir()
+    Path("m/model.json").write_text("{}")
+    assert "pass --force" in refusal(run(data, "-o", "m"))
+    Path("other").mkdir()
+    Path("other/file").write_text("")
+    assert "exists and is not a bundle" in refusal(run(data, "-o", "other", "--force"))
+
+
+def test_verbose_logs(run: Run, data: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(train_command, "configure_logging", lambda *, verbose: seen.append(verbose))
+    run(data, "--plan-only", "--work", work, "--workers", "0", "--verbose")
+    run(data, "--plan-only", "--work", work, "--workers", "0")
+    assert seen == [True, False]
+
+
+def test_the_line_of_an_iteration() -> None:
+    step = Step(20, 100, 0.5, 0.25, 0.01, 1.5, 0.25, 90.4)
+    assert step_text(step) == "loss 0.5000, Dice 0.2500, lr 1.00e-02, batch 1.500 s, reader 0.250 s, ETA 0:01:30"
+
+
+def test_in_a_pipe_there_are_lines_and_none_from_the_other_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, True):
+        with TrainBars(2, quiet=quiet) as bars:
+            bars.show.stage("training [fold 0]")
+            assert bars.show.cases is not None
+            assert bars.show.step is not None
+            bars.show.cases(1, 2)
+            for i in range(1, 6):
+                bars.show.step(Step(i, 5, 0.5, None, 0.01, 1.5, 0.25, 0.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["training [fold 0]", "iteration 2/5", "iteration 4/5", "iteration 5/5"]
+
+
+def test_alone_there_is_no_group() -> None:
+    assert is_first({})
+    assert is_first({"RANK": "0"})
+    assert not is_first({"RANK": "1"})
+    with join_processes({}, "auto") as device:
+        assert device == "auto"
