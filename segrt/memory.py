@@ -153,7 +153,7 @@ def plan_device(
         parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in plan.stages[stage] if size)
         raise BackendError(
             f"an image of {' x '.join(map(str, grid.shape))} voxels needs {plan.peak / 1e9:.2f} GB of the GPU's memory ({parts} GB) and "
-            f"{budget / 1e9:.2f} GB can be had; free some, use a smaller --batch, or --device cpu"
+            f"{budget / 1e9:.2f} GB can be had; free some, build an engine of fewer windows (segrt-build --batch), or use --device cpu"
         )
     return plan
 
