@@ -90,7 +90,7 @@ def check_dataset(dataset: Dataset, *, workers: int = 0, progress: ProgressFn | 
         case.name for case, (look, count, _, _) in zip(dataset.cases, looks, strict=True) if not look and not _foreground(dataset, count)
     ]
     warnings = [warning for _, _, warning, _ in looks if warning]
-    warnings += [f"{len(empty)} cases have no foreground: {', '.join(empty[:10])}"] if empty else []
+    warnings += [f"{len(empty)} case{'s have' if len(empty) > 1 else ' has'} no foreground: {', '.join(empty[:10])}"] if empty else []
     warnings += [f"no case has label {name!r}" for name, n in voxels.items() if not n]
     return CheckReport(dataset=dataset.name, cases=len(dataset.cases), problems=tuple(problems), warnings=tuple(warnings), voxels=voxels)
 

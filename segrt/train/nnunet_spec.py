@@ -154,7 +154,11 @@ def _reasons(stage: Stage, spec: ModelSpec, target: Target, fingerprint: Fingerp
     topology, fit = stage.fit.topology, stage.fit
     fitting, covering = fit.batch_size(stage.preset, stage.dataset_voxels)
     return {
-        "transpose": f"Axis {'zyx'[target.transpose[0]]} has the largest spacing and comes first, so that slices are fine in their plane.",
+        "transpose": (
+            f"Axis {'zyx'[target.transpose[0]]} has the largest spacing and comes first, so that slices are fine in their plane."
+            if target.spacing[0] > min(target.spacing)
+            else "All axes have the same spacing and keep their order."
+        ),
         "patch": _patch_reason(stage),
         "topology": (
             f"Axes are halved while 4 voxels are left and their spacing is within a factor 2 of the finest: {topology.stages} stages, "

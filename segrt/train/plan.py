@@ -110,7 +110,7 @@ def _flat(setting: _Setting) -> Stage:
         batch_dice=True,
         reasons={
             "batch_dice": "Single slices often hold no foreground, so the Dice loss is taken over the whole batch.",
-            "spacing": f"In the plane: {target.reason} Slices are taken as they are.",
+            "spacing": "In the plane the spacing of the full resolution; slices are taken as they are.",
         },
     )
 
@@ -137,7 +137,7 @@ def _volumes(setting: _Setting) -> list[Stage]:
             "batch_dice": (
                 "The patch is a small part of the image and often lacks classes, so the Dice loss is taken over the whole batch."
                 if cascaded
-                else "The patch is a large part of the image, so every image of the batch gets its own Dice loss."
+                else "nnU-Net's rule where there is no low-resolution stage: every image of the batch gets its own Dice loss."
             ),
             "spacing": target.reason,
             "stages": why,

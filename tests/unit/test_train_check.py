@@ -130,7 +130,7 @@ def test_what_may_be_on_purpose_is_a_warning(tmp_path: Path) -> None:
     assert report.ok
     assert report.warnings == (
         "b.nii.gz stores its labels as float32; they are whole numbers, so they are taken",
-        "1 cases have no foreground: c",
+        "1 case has no foreground: c",
         "no case has label 'spleen'",
     )
 
