@@ -34,7 +34,8 @@ def case_memory(case: TrainingCase, spec: ModelSpec) -> int:
     """Upper bound of what preparing a case holds, in bytes: the image as read and as float32, the result and a copy, labels and masks."""
     image, working = _voxels(case, spec)
     channels = len(spec.channels)
-    return image * (8 * channels + 12) + working * (12 * channels + 24) + _SLACK_BYTES
+    sorting = 20 if spec.ignore is not None else 0  # every voxel is annotated, and their indices are sorted by label
+    return image * (8 * channels + 12) + working * (12 * channels + 24 + sorting) + _SLACK_BYTES
 
 
 def _voxels(case: TrainingCase, spec: ModelSpec) -> tuple[int, int]:
