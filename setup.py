@@ -76,7 +76,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["segrt", "segrt.*"]),
-    package_data={"segrt": ["py.typed"]},
+    package_data={"segrt": ["py.typed", "kernels/_cuda/src/*.cu"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={

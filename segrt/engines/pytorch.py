@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,10 @@ class TorchEngine:
     """A torch module in evaluation mode, on memory shared with CuPy or NumPy.
 
     On the CPU bf16 is autocast. On a GPU ("simulated" goes the same way on the CPU) fp16 and bf16 are the weights' own type: autocast
-    would round every weight anew in each call. Channels are last only where torch.compile makes the normalisation: torch's own turns them
-    first, and on an H200 that took more than half of a window's time. Normalisation keeps float32 parameters and sums in float32, for a
-    16-bit sum over a window overflows; only what it reads and writes has 16 bits. fp16 logits stay float16; bf16 ones come out as float32,
-    which holds their range.
+    would round every weight anew in each call. Channels are last, as the matrix units want them, where our own kernel (`torch_norm`) or
+    torch.compile makes the normalisation: torch's own turns them first and back. Normalisation keeps float32 parameters and sums in
+    float32, for a 16-bit sum over a window overflows; only what it reads and writes has 16 bits. fp16 logits stay float16; bf16 ones come
+    out as float32, which holds their range.
 
     Parameters
     ----------
@@ -81,9 +82,12 @@ class TorchEngine:
         self._classes, self._dimensions, self._precision = classes, dimensions, precision
         self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         self._network = network.eval()
-        self._format = _channels_last(dimensions) if compiled else torch.contiguous_format
+        self._format = torch.contiguous_format
         if device != "cpu":
-            self._network = _rounded(self._network.to(self._place), self._dtype).to(memory_format=self._format)
+            self._network = _rounded(self._network.to(self._place), self._dtype)
+            if compiled or (self._number is not None and _fused(self._network, self._dtype)):
+                self._format = _channels_last(dimensions)
+            self._network = self._network.to(memory_format=self._format)
         self._compiled = torch.compile(self._network) if compiled else None
         self._lock: Any = nullcontext() if device == "cpu" else threading.Lock()
         self.batch = batch
@@ -199,6 +203,15 @@ def _rounded(network: Any, dtype: Any) -> Any:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     return network
+
+
+def _fused(network: Any, dtype: Any) -> bool:
+    """Whether normalisation and activation of the network were replaced by one kernel."""
+    if find_spec("cupy") is None:
+        return False
+    from .torch_norm import fuse_norms
+
+    return fuse_norms(network, dtype)
 
 
 def _channels_last(dimensions: int) -> Any:
