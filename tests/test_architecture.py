@@ -34,7 +34,7 @@ LAYERS = {
     0: ("__version__",),  # all that a module may take from segrt/__init__.py
 }
 ROW = {part: row for row, parts in LAYERS.items() for part in parts}
-WITH_TORCH = ("networks", "train", "export", "engines.pytorch", "engines.torch_norm")
+WITH_TORCH = ("networks", "train", "export", "engines.pytorch", "engines.torch_fused")
 IMPORT_NAMES = {"connected-components-3d": "cc3d"}
 HEAVY = ("torch", "cupy", "numba", "tensorrt", "onnxruntime", "openvino", "scipy", "SimpleITK")
 PUBLIC = {

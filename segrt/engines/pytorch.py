@@ -52,8 +52,8 @@ class TorchEngine:
     """A torch module in evaluation mode, on memory shared with CuPy or NumPy.
 
     On the CPU bf16 is autocast. On a GPU ("simulated" goes the same way on the CPU) fp16 and bf16 are the weights' own type: autocast
-    would round every weight anew in each call. Channels are last, as the matrix units want them, where our own kernel (`torch_norm`) or
-    torch.compile makes the normalisation: torch's own turns them first and back. Normalisation keeps float32 parameters and sums in
+    would round every weight anew in each call. Channels are last, as the matrix units want them, where our own kernels (`torch_fused`)
+    or torch.compile make the normalisation: torch's own turns them first and back. Normalisation keeps float32 parameters and sums in
     float32, for a 16-bit sum over a window overflows; only what it reads and writes has 16 bits. fp16 logits stay float16; bf16 ones come
     out as float32, which holds their range.
 
@@ -206,12 +206,12 @@ def _rounded(network: Any, dtype: Any) -> Any:
 
 
 def _fused(network: Any, dtype: Any) -> bool:
-    """Whether normalisation and activation of the network were replaced by one kernel."""
+    """Whether what lies between the convolutions was replaced by kernels of our own."""
     if find_spec("cupy") is None:
         return False
-    from .torch_norm import fuse_norms
+    from .torch_fused import fuse
 
-    return fuse_norms(network, dtype)
+    return fuse(network, dtype)
 
 
 def _channels_last(dimensions: int) -> Any:

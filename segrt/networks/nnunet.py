@@ -55,10 +55,11 @@ class UNet(nn.Module):
             stages.append(_stack(block, spec, spec.blocks[s], (width, features), kernel=spec.kernels[s], stride=spec.strides[s]))
             width = features
         self.encoder = nn.ModuleList(stages)
-        self.up, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.up, self.join, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, s in enumerate(reversed(range(len(spec.features) - 1))):
             below, features, stride = spec.features[s + 1], spec.features[s], spec.strides[s + 1]
             self.up.append(_TRANSPOSED[spec.dimensions](below, features, stride, stride, bias=spec.conv_bias))
+            self.join.append(Join())
             self.decoder.append(_stack(ConvBlock, spec, spec.decoder_convs[level], (2 * features, features), kernel=spec.kernels[s]))
             self.heads.append(_CONV[spec.dimensions](features, spec.out_channels, 1))
 
@@ -72,12 +73,20 @@ class UNet(nn.Module):
             skips.append(x)
         skips.pop()
         logits = []
-        for up, decoder, head in zip(self.up, self.decoder, self.heads, strict=True):
+        for up, join, decoder, head in zip(self.up, self.join, self.decoder, self.heads, strict=True):
             # Popping lets each skip's memory go as soon as it is used.
-            x = decoder(torch.cat((up(x), skips.pop()), 1))
+            x = decoder(join(up(x), skips.pop()))
             if self.deep_supervision:
                 logits.append(head(x))
         return tuple(logits[::-1]) if self.deep_supervision else self.heads[-1](x)
+
+
+class Join(nn.Module):
+    """Channels of what comes from below, then those of the skip."""
+
+    def forward(self, below: Tensor, skip: Tensor) -> Tensor:
+        """(N, C, ...) and (N, D, ...) -> (N, C + D, ...)."""
+        return torch.cat((below, skip), 1)
 
 
 class ConvBlock(nn.Module):
