@@ -26,12 +26,14 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle to write.")] = Path("segrt_model"),
     model: Annotated[str, typer.Option("--model", help="nnunet or vnet.")] = "nnunet",
     configuration: Annotated[
-        str | None, typer.Option("--config", "-c", help="2d, 3d_fullres, 3d_lowres or 3d_cascade_fullres; see --plan-only.")
+        str | None,
+        typer.Option("--config", "-c", help="2d, 3d_fullres, 3d_lowres or 3d_cascade_fullres; see --plan-only. With --find-best several."),
     ] = None,
     fold: Annotated[str | None, typer.Option("--fold", "-f", help="Such as 0, or 0,1,2,3,4, or all: every case.")] = None,
     split: Annotated[str | None, typer.Option(help="kfold, shuffled:0.75, sorted:0.8, or a JSON file of folds.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Train by this plan.json instead of planning.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Write the plan with its reasons, and stop.")] = False,
+    find_best: Annotated[bool, typer.Option("--find-best", help="Train every configuration, or those of --config; keep the best.")] = False,
     planner: Annotated[str | None, typer.Option(help="default, resenc_m, resenc_l or resenc_xl.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="GPU memory to plan for.")] = None,
     iters: Annotated[int | None, typer.Option(help="Iterations.")] = None,
@@ -63,7 +65,7 @@ def train(
     loss: Annotated[str | None, typer.Option(help="dice_ce or mixed.")] = None,
     augmentation: Annotated[str | None, typer.Option(help="nnunet, article or none.")] = None,
     oversampling: Annotated[float | None, typer.Option(help="Share of a batch that has to hold foreground.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp16 on a GPU and fp32 on a CPU by default.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; 0 for none.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Batches per step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and patches.")] = None,
@@ -102,8 +104,11 @@ def train(
     configure_logging(verbose=verbose)
     if iters is not None and epochs is not None:
         raise InputError("--iters and --epochs say the same thing; give one of them")
+    candidates = comma_list(configuration) or ()
+    if len(candidates) > 1 and not find_best:
+        raise InputError("--config: several configurations are only trained to find the best one; add --find-best, or give one")
     changes = {
-        "configuration": configuration,
+        "configuration": candidates[0] if candidates else None,
         "folds": comma_list(fold),
         "split": split,
         "planner": planner,
@@ -166,6 +171,7 @@ def train(
             work=work,
             plan=plan,
             plan_only=plan_only,
+            candidates=candidates if find_best else None,
             force=force,
             dataset_options=options,
             show=bars.show,

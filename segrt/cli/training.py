@@ -92,6 +92,6 @@ def join_processes(environment: Mapping[str, str], device: str) -> Iterator[str]
         return
     from ..train.processes import group, has_gpu
 
-    gpu = device != "cpu" and has_gpu()
+    gpu = int(environment["LOCAL_RANK"]) if device != "cpu" and has_gpu() else None
     with group(int(environment["RANK"]), int(environment["WORLD_SIZE"]), gpu=gpu):
-        yield f"cuda:{environment['LOCAL_RANK']}" if gpu else "cpu"
+        yield "cpu" if gpu is None else f"cuda:{gpu}"

@@ -39,7 +39,7 @@ class TrainConfig(Part):
         whole training) by `power`; step multiplies by `gamma` every `step_iterations`; cosine falls to `end_lr`
     loss : dice_ce (nnU-Net; Dice + BCE where the model has regions) or mixed (the article's CE + Dice)
     oversampling : share of a batch whose patches are made to hold foreground
-    precision : of the forward pass; weights and optimizer stay float32
+    precision : of the forward pass; weights and optimizer stay float32. "auto" is nnU-Net's choice: fp16 on a GPU, fp32 on a CPU
     clip : largest norm of the gradient; 0 leaves it as it is
     accumulation : batches per optimizer step
     validation_interval, validation_batches : how often, and on how many batches, the pseudo Dice is taken; 0 batches for never
@@ -81,7 +81,7 @@ class TrainConfig(Part):
     loss: Literal["dice_ce", "mixed"] = "dice_ce"
     augmentation: Literal["nnunet", "article", "none"] = "nnunet"
     oversampling: Fraction = 0.33
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     clip: float = Field(12.0, ge=0)
     accumulation: Positive = 1
     seed: int = Field(12345, ge=0)

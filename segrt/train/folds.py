@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import nn
 
 from ..arrays import Array, ProgressFn
 from ..bundle import Bundle, write_atomic
+from ..engines import resolve_device
+from ..errors import BackendError
 from ..networks import build, build_empty, count_parameters, initialize
 from ..report.curves import write_curves
 from ..report.samples import write_samples
@@ -31,6 +34,8 @@ from .processes import processes, rank
 from .records import count_flops, environment
 from .splits import Split
 from .validate import Summary, validate
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 8  # samples in the picture
 
@@ -153,10 +158,18 @@ def validate_fold(fold: Fold, dataset: Dataset, *, previous: Path | None) -> Sum
     fold.show.stage(f"validating fold {fold.name} on {len(fold.split.validation)} cases (weights of iteration {weights.iteration})")
     bundle = Bundle.create(fold.folder / "bundle", fold.spec, weights={fold.name: weights.tensors}, force=True)
     names, folder = fold.split.validation, fold.folder / "validation"
-    device = str(fold.device) if fold.device.type == "cuda" else "cpu"
-    summary = validate(dataset, names, bundle, folder, device=device, previous=previous, progress=fold.show.cases)
+    summary = validate(dataset, names, bundle, folder, device=_runtime_device(fold.device), previous=previous, progress=fold.show.cases)
     fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}")
     return summary
+
+
+def _runtime_device(device: torch.device) -> str:
+    """Where the runtime validates: beside the training, unless it lacks what it needs there."""
+    try:
+        return resolve_device(str(device))
+    except BackendError as err:
+        logger.warning("validation runs on the CPU, not on %s: %s", device, err)
+        return "cpu"
 
 
 def class_names(spec: ModelSpec) -> tuple[str, ...]:
@@ -176,7 +189,7 @@ def _describe(fold: Fold) -> None:
     size = " x ".join(str(n) for n in patch)
     fold.show.stage(
         f"fold {fold.name}: {len(fold.split.train)} cases to train on, {parameters:,} parameters, "
-        f"{flops / 1e9:.1f} GFLOP forward per patch of {size}, batch {fold.configuration.batch_size}, on {fold.device}"
+        f"{flops / 1e9:.3g} GFLOP forward per patch of {size}, batch {fold.configuration.batch_size}, on {fold.device}"
     )
     values = environment(fold.device) | {"processes": processes(), "parameters": parameters, "flops_per_patch": flops}
     write_atomic(fold.folder / "environment.json", json.dumps(values, indent=1) + "\n")

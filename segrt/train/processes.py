@@ -15,9 +15,11 @@ _PATIENCE = timedelta(days=30)
 
 
 @contextmanager
-def group(number: int, size: int, *, gpu: bool) -> Iterator[None]:
-    """Belong to the group of processes that `torchrun` started, of which this is `number` of `size`, inside the block."""
-    distributed.init_process_group("nccl" if gpu else "gloo", rank=number, world_size=size, timeout=_PATIENCE)
+def group(number: int, size: int, *, gpu: int | None) -> Iterator[None]:
+    """Belong to the group of processes that `torchrun` started, of which this is `number` of `size`, on that GPU, inside the block."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # where the group's own messages go
+    distributed.init_process_group("gloo" if gpu is None else "nccl", rank=number, world_size=size, timeout=_PATIENCE)
     try:
         yield
     finally:

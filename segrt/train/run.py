@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,22 +21,14 @@ from .configuration import Configuration, Plan, load_plan
 from .dataset import open_dataset
 from .fingerprint import Fingerprint, load_fingerprint, measure
 from .folds import Fold, Show, reports_of, train_fold, validate_fold
+from .kept import kept
 from .override import choose_configuration
 from .plan import plan_nnunet, plan_vnet
 from .prepare import prepare
 from .processes import rank, wait_for_all
-from .select import Choice, choose_postprocess
-from .splits import Split, choose_split, make_splits
+from .select import Choice, choose_best, choose_postprocess
+from .splits import covering_folds, split_of
 from .validate import Summary, merge
-
-logger = logging.getLogger(__name__)
-
-
-class _Json(Protocol):
-    def to_json(self) -> str: ...
-
-
-_T = TypeVar("_T", bound=_Json)
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,11 @@ class Trained:
     @property
     def summary(self) -> Summary:
         """The cases of all folds together."""
-        return merge(self.summaries)
+        return self.summary_of(tuple(self.folds))
+
+    def summary_of(self, folds: Sequence[str]) -> Summary:
+        """The cases of some folds together."""
+        return merge([summary for fold, summary in zip(self.folds, self.summaries, strict=True) if fold in folds])
 
     @property
     def spec(self) -> ModelSpec:
@@ -91,6 +85,7 @@ def train_model(
     work: str | Path | None = None,
     plan: str | Path | None = None,
     plan_only: bool = False,
+    candidates: Sequence[str] | None = None,
     force: bool = False,
     dataset_options: Mapping[str, Any] | None = None,
     show: Show | None = None,
@@ -107,6 +102,7 @@ def train_model(
     work : folder for prepared cases, checkpoints and records; by default `output` with .train at its end
     plan : a plan.json to train by instead of planning
     plan_only : stop when the plan is written
+    candidates : configurations of which the best becomes the bundle, all of the plan's when empty; without it, the config's own is trained
     force : replace a bundle at `output`
     dataset_options : further arguments of `open_dataset`
 
@@ -123,7 +119,12 @@ def train_model(
     if not plan_only:
         check_replaceable(target, force=force)
     dataset = open_dataset(source, **(dataset_options or {}))
-    place = Work(Path(work) if work else target.with_name(target.name + ".train"), dataset, config, _device(config.device), show or Show())
+    for fold in () if plan_only else config.folds:
+        split_of(dataset, config, fold)  # what cannot be split is said before anything is read
+    device = _device(config.device)
+    if config.precision == "auto":
+        config = config.model_copy(update={"precision": "fp16" if device.type == "cuda" else "fp32"})
+    place = Work(Path(work) if work else target.with_name(target.name + ".train"), dataset, config, device, show or Show())
     if rank() == 0:
         write_atomic(place.folder / "config.json", config.to_json())
     _in_turn(lambda: _checked(place))
@@ -132,14 +133,22 @@ def train_model(
     place.show.stage(f"plan: {place.folder / 'plan.json'} ({', '.join(chosen.configurations)})")
     if plan_only:
         return None
-    stages = list[Trained]()
-    for name, folds in _stages(chosen, place):
-        trained = train_configuration(place, chosen, name, folds, previous=stages[-1] if stages else None)
-        if trained is None:
-            return None
-        stages.append(trained)
+    trained = dict[str, Trained]()
+    names = (config.configuration,) if candidates is None else tuple(candidates) or tuple(chosen.configurations)
+    for name in names:
+        for stage, folds in _stages(chosen, place, name):
+            if stage in trained and set(folds) <= trained[stage].folds.keys():
+                continue
+            done = train_configuration(place, chosen, stage, folds, previous=_before(chosen, place, stage, trained))
+            if done is None:
+                return None
+            trained[stage] = done
     if rank() > 0:
         return None
+    best = choose_best({name: trained[name].summary_of(config.folds) for name in names})
+    place.show.stage(best.text)
+    write_atomic(place.folder / "reports" / "configurations.json", best.to_json())
+    stages = [trained[stage] for stage, _ in _stages(chosen, place, best.name)]
     choice = choose_postprocess(stages[-1].summary, dataset, workers=max(1, config.workers))
     for sentence in choice.tried:
         place.show.stage(f"post-processing, {sentence}")
@@ -194,13 +203,12 @@ def write_bundle(place: Work, target: Path, stages: Sequence[Trained], choice: C
 # ------------------------------------------------------------------ stages before the training
 def _checked(place: Work) -> CheckReport:
     """Every file read once; a dataset with problems goes no further."""
-    config, dataset = place.config, place.dataset
-    report = _kept(
-        place,
-        "dataset",
-        lambda: check_dataset(dataset, workers=config.workers, progress=place.show.cases),
-        lambda path: CheckReport.model_validate_json(path.read_bytes()),
-    )
+
+    def check() -> CheckReport:
+        place.show.stage(f"checking {len(place.dataset.cases)} cases")
+        return check_dataset(place.dataset, workers=place.config.workers, progress=place.show.cases)
+
+    report = kept(place.folder, "dataset", place.dataset, check, lambda path: CheckReport.model_validate_json(path.read_bytes()))
     report.require_ok()
     for warning in report.warnings:
         place.show.stage(f"warning: {warning}")
@@ -208,12 +216,11 @@ def _checked(place: Work) -> CheckReport:
 
 
 def _measured(place: Work) -> Fingerprint:
-    return _kept(
-        place,
-        "fingerprint",
-        lambda: measure(place.dataset, workers=place.config.workers, progress=place.show.cases),
-        load_fingerprint,
-    )
+    def take() -> Fingerprint:
+        place.show.stage(f"measuring {len(place.dataset.cases)} cases")
+        return measure(place.dataset, workers=place.config.workers, progress=place.show.cases)
+
+    return kept(place.folder, "fingerprint", place.dataset, take, load_fingerprint)
 
 
 def _planned(place: Work, fingerprint: Fingerprint, given: str | Path | None) -> Plan:
@@ -239,18 +246,23 @@ def _planned(place: Work, fingerprint: Fingerprint, given: str | Path | None) ->
     return plan
 
 
-def _stages(plan: Plan, place: Work) -> list[tuple[str, tuple[str, ...]]]:
-    """(configuration, folds) to train, a cascade's first stage first.
+def _stages(plan: Plan, place: Work, name: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(configuration, folds) to train for one configuration, a cascade's first stage first.
 
     The second stage learns from labels that the first one predicted without having seen the case, so all folds of that are needed.
     """
     config = place.config
-    configuration = choose_configuration(plan, config)
-    stages = [(config.configuration, config.folds)]
+    configuration = choose_configuration(plan, config, name)
+    stages = [(name, config.folds)]
     while configuration.previous is not None:
-        stages.insert(0, (configuration.previous, ("all",) if config.folds == ("all",) else _every_fold(place)))
+        stages.insert(0, (configuration.previous, covering_folds(place.dataset, config, configuration.previous)))
         configuration = choose_configuration(plan, config, configuration.previous)
     return stages
+
+
+def _before(plan: Plan, place: Work, name: str, trained: Mapping[str, Trained]) -> Trained | None:
+    previous = choose_configuration(plan, place.config, name).previous
+    return None if previous is None else trained[previous]
 
 
 def _labels_of(place: Work, previous: Trained) -> Path:
@@ -258,40 +270,10 @@ def _labels_of(place: Work, previous: Trained) -> Path:
     folder = place.folder / previous.name / "labels"
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        held = {case.name: case.prediction for case in previous.summary.cases}
-        for case in place.dataset.cases:
-            path = held.get(case.name)
-            if path is None:
-                raise InputError(
-                    f"{previous.name}: no fold holds case {case.name} back, so the second stage of the cascade has no labels of it "
-                    "to learn from; use --split kfold, or --fold all"
-                )
-            _link(path, folder / path.name)
+        for case in previous.summary.cases:
+            _link(case.prediction, folder / case.prediction.name)
     wait_for_all()
     return folder
-
-
-def split_of(dataset: Dataset, config: TrainConfig, fold: str) -> Split:
-    """The cases of one fold; the split "auto" is the dataset's own, else kfold, for a V-Net a shuffled share of .75."""
-    own = dataset.split if config.split == "auto" else None
-    if own is not None and fold == "0":
-        return Split(*(tuple(sorted(names)) for names in own))
-    if own is not None and fold != "all":
-        raise InputError(f"fold {fold}: dataset {dataset.name} brings one split of its own, fold 0; use --split kfold for more")
-    return choose_split([case.name for case in dataset.cases], _how(config), fold)
-
-
-def _every_fold(place: Work) -> tuple[str, ...]:
-    if place.config.split == "auto" and place.dataset.split is not None:
-        return ("0",)
-    names = [case.name for case in place.dataset.cases]
-    return tuple(str(i) for i in range(len(make_splits(names, _how(place.config)))))
-
-
-def _how(config: TrainConfig) -> str:
-    if config.split != "auto":
-        return config.split
-    return "shuffled:0.75" if config.model == "vnet" else "kfold"
 
 
 def _link(path: Path, target: Path) -> None:
@@ -299,30 +281,10 @@ def _link(path: Path, target: Path) -> None:
     if target.exists() and target.samefile(path):
         return
     target.unlink(missing_ok=True)
-    target.hardlink_to(path)
-
-
-def _kept(place: Work, name: str, make: Callable[[], _T], load: Callable[[Path], _T]) -> _T:
-    """What reports/<name>.json says, when it was made from these files; else made anew."""
-    path, mark = place.folder / "reports" / f"{name}.json", place.folder / f"{name}.sha256"
-    key = digest_of(place.dataset)
-    if path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == key:
-        return load(path)
-    place.show.stage(f"{name}: reading {len(place.dataset.cases)} cases")
-    value = make()
-    mark.unlink(missing_ok=True)
-    write_atomic(path, value.to_json())
-    write_atomic(mark, key)
-    return value
-
-
-def digest_of(dataset: Dataset) -> str:
-    """SHA-256 over what a dataset declares and over its files' names, sizes and times."""
-    files = [path for case in dataset.cases for path in (*case.images, case.labels) if path is not None]
-    each = [entry for file in files for entry in (sorted(file.iterdir()) if file.is_dir() else [file])]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in each]
-    declared = [dataset.name, dataset.channels, dict(dataset.labels), dataset.class_order, dataset.ignore]
-    return hashlib.sha256(json.dumps([declared, stats]).encode()).hexdigest()
+    try:
+        target.hardlink_to(path)
+    except OSError:
+        shutil.copy2(path, target)
 
 
 def _in_turn(stage: Callable[[], Any]) -> Any:

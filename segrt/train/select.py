@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..errors import SpecError
+from ..errors import InputError
 from ..io import read_labels
 from ..metrics import overlaps
 from ..postprocess import postprocess
@@ -89,12 +89,43 @@ def choose_postprocess(summary: Summary, dataset: Dataset, *, workers: int = 2) 
     return Choice(steps, summary, best, tuple(tried))
 
 
-def require_same_model(choice: Choice, model: str) -> None:
-    """Raise a SpecError unless the steps were chosen from predictions of these weights: others may need other steps."""
-    if choice.before.model != model:
-        raise SpecError(
-            f"the post-processing was chosen for the weights {choice.before.model[:12]}, the bundle holds {model[:12]}; validate them first"
-        )
+@dataclass(frozen=True)
+class Best:
+    """The configuration with the highest mean Dice, and those it was compared with."""
+
+    name: str
+    summaries: Mapping[str, Summary]
+
+    @property
+    def text(self) -> str:
+        """One line for all of them."""
+        scores = ", ".join(f"{name} {summary.mean_dice:.4f}" for name, summary in self.summaries.items())
+        return f"mean Dice in validation: {scores}" + (f"; best: {self.name}" if len(self.summaries) > 1 else "")
+
+    def to_json(self) -> str:
+        """The text of reports/configurations.json."""
+        scores = {name: {"mean_dice": _plain(s.mean_dice), "cases": len(s.cases), "model": s.model} for name, s in self.summaries.items()}
+        return json.dumps({"best": self.name, "configurations": scores}, indent=1) + "\n"
+
+
+def choose_best(summaries: Mapping[str, Summary]) -> Best:
+    """Take the configuration with the highest mean Dice over the same cases; of equals the first.
+
+    Raises
+    ------
+    InputError
+        When they were not validated on the same cases.
+    """
+    cases = {name: {case.name for case in summary.cases} for name, summary in summaries.items()}
+    first = next(iter(cases))
+    for name, names in cases.items():
+        if different := sorted(names ^ cases[first]):
+            raise InputError(f"configurations {first} and {name} cannot be compared: only one of them was validated on {different[0]}")
+    return Best(max(summaries, key=lambda name: _comparable(summaries[name].mean_dice)), dict(summaries))
+
+
+def _comparable(score: float) -> float:
+    return score if score == score else -1.0
 
 
 def _helps_all(before: Summary, after: Summary) -> bool:

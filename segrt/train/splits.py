@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from .cases import Dataset
+from .config import TrainConfig
 
 FOLDS, SEED = 5, 12345
 
@@ -20,6 +22,45 @@ class Split:
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
+
+
+def split_of(dataset: Dataset, config: TrainConfig, fold: str) -> Split:
+    """The cases of one fold; the split "auto" is the dataset's own, else kfold, for a V-Net a shuffled share of .75.
+
+    Raises
+    ------
+    InputError
+        See `choose_split`; or when the dataset's own split is one fold and another is asked for.
+    """
+    own = dataset.split if config.split == "auto" else None
+    if own is not None and fold == "0":
+        return Split(*(tuple(sorted(names)) for names in own))
+    if own is not None and fold != "all":
+        raise InputError(f"fold {fold}: dataset {dataset.name} brings one split of its own, fold 0; use --split kfold for more")
+    return choose_split([case.name for case in dataset.cases], _how(config), fold)
+
+
+def covering_folds(dataset: Dataset, config: TrainConfig, name: str) -> tuple[str, ...]:
+    """Folds of `name`, a cascade's first stage, that together hold back every case.
+
+    Raises
+    ------
+    InputError
+        When the split's folds leave a case out.
+    """
+    if config.folds == ("all",):
+        return ("all",)
+    own = config.split == "auto" and dataset.split is not None
+    count = 1 if own else len(make_splits([case.name for case in dataset.cases], _how(config)))
+    folds = tuple(str(fold) for fold in range(count))
+    held = {case for fold in folds for case in split_of(dataset, config, fold).validation}
+    for case in dataset.cases:
+        if case.name not in held:
+            raise InputError(
+                f"{name}: no fold holds case {case.name} back, so the second stage of the cascade has no labels of it to learn from; "
+                "use --split kfold, or --fold all"
+            )
+    return folds
 
 
 def choose_split(names: Sequence[str], how: str, fold: str) -> Split:
@@ -140,3 +181,9 @@ def _check(split: Split) -> Split:
 
 def _folds(count: int) -> str:
     return "one fold, 0" if count == 1 else f"folds 0 to {count - 1}"
+
+
+def _how(config: TrainConfig) -> str:
+    if config.split != "auto":
+        return config.split
+    return "shuffled:0.75" if config.model == "vnet" else "kfold"

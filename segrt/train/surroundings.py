@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -29,9 +29,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def gpu_settings(device: torch.device) -> Iterator[None]:
-    """On a GPU let cuDNN look for the fastest algorithms, for the shapes never change."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True) if device.type == "cuda" else nullcontext():
+    """On a GPU let cuDNN look for the fastest algorithms, for the shapes never change; afterwards its memory is free for validation."""
+    if device.type != "cuda":
         yield
+        return
+    with torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        yield
+    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def test_a_stopped_training_goes_on_with_the_same_command(tmp_path: Path, data: 
     assert not (tmp_path / "m").exists()
     told = _command("train", *arguments, "-v").stderr
     assert "going on from iteration" in told
-    assert "reading 5 cases" not in told  # check and fingerprint are kept
+    assert "measuring 5 cases" not in told  # check and fingerprint are kept
     assert (tmp_path / "m" / "model.json").is_file()
     # the bundle is there: once more is an error before anything is read
     assert "pass --force" in _command("train", *arguments, code=2).stderr

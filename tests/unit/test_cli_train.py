@@ -152,6 +152,7 @@ def test_what_a_dataset_does_not_say(run: Run, data: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--config", "2d,3d_fullres"], "several configurations are only trained to find the best one; add --find-best"),
         (["--iters", "5", "--epochs", "5"], "--iters and --epochs say the same thing"),
         (["--model", "unet"], "training: model: expected 'nnunet' or 'vnet', got 'unet'"),
         (["--lr", "-1"], "training: lr: "),
@@ -184,7 +185,7 @@ def test_a_dataset_with_a_wrong_label_names_the_file(run: Run, tmp_path: Path) -
     described = json.loads((folder / "dataset.json").read_text())
     described["labels"] = {"background": 0, "ball": 2}
     (folder / "dataset.json").write_text(json.dumps(described))
-    sentence = refusal(run(folder, "--workers", "0"))
+    sentence = refusal(run(folder, "--workers", "0", "--split", "sorted:0.5"))
     assert "cannot be trained on" in sentence
     assert "ball_000.nii.gz" in sentence
 

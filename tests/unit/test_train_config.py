@@ -60,7 +60,7 @@ def test_json_round_trip(tmp_path: Path, model: str) -> None:
         ({"momentum": 0.0}, "momentum: nesterov needs more than 0"),
         ({"patch": ("8", "8")}, "training: patch"),
         ({"colour": "red"}, "training: colour"),
-        ({"precision": "fp8"}, "training: precision: expected 'fp32', 'bf16' or 'fp16', got 'fp8'"),
+        ({"precision": "fp8"}, "training: precision: expected 'auto', 'fp32', 'bf16' or 'fp16', got 'fp8'"),
     ],
 )
 def test_sentences(changes: dict[str, object], sentence: str) -> None:

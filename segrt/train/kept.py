@@ -1,0 +1,41 @@
+"""Results of earlier runs, trusted only while the dataset's files are the ones they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from ..bundle import write_atomic
+from .cases import Dataset
+
+
+class _Json(Protocol):
+    def to_json(self) -> str: ...
+
+
+_T = TypeVar("_T", bound=_Json)
+
+
+def kept(folder: Path, name: str, dataset: Dataset, make: Callable[[], _T], load: Callable[[Path], _T]) -> _T:
+    """What `folder`/reports/`name`.json says, when it was made from these files; else made anew and written."""
+    path, mark = folder / "reports" / f"{name}.json", folder / f"{name}.sha256"
+    key = digest_of(dataset)
+    if path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == key:
+        return load(path)
+    value = make()
+    mark.unlink(missing_ok=True)
+    write_atomic(path, value.to_json())
+    write_atomic(mark, key)
+    return value
+
+
+def digest_of(dataset: Dataset) -> str:
+    """SHA-256 over what a dataset declares and over its files' names, sizes and times."""
+    files = [path for case in dataset.cases for path in (*case.images, case.labels) if path is not None]
+    each = [entry for file in files for entry in (sorted(file.iterdir()) if file.is_dir() else [file])]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in each]
+    declared = [dataset.name, dataset.channels, dict(dataset.labels), dataset.class_order, dataset.ignore]
+    return hashlib.sha256(json.dumps([declared, stats]).encode()).hexdigest()
