@@ -58,6 +58,7 @@ def refusal(answer: Answer) -> str:
 FLAGS: list[tuple[list[str], str, Any]] = [
     (["--config", "2d"], "configuration", "2d"),
     (["-c", "2d"], "configuration", "2d"),
+    (["--find-best", "-c", "2d,3d_fullres"], "configuration", "2d"),
     (["--fold", "0,3"], "folds", ["0", "3"]),
     (["-f", "all"], "folds", ["all"]),
     (["--split", "sorted:0.8"], "split", "sorted:0.8"),
