@@ -22,7 +22,7 @@ from .errors import BackendError, InputError
 from .infer import Accumulate, Inferred, Planes, infer
 from .io import read_labels, read_volume
 from .io.read import Source
-from .memory import HOST_LOGITS, DevicePlan, plan_device, starts_per_slab
+from .memory import HOST_LOGITS, DevicePlan, engine_bytes, plan_device, starts_per_slab
 from .postprocess import postprocess
 from .preprocess import preprocess
 from .restore import can_restore_by_slab, restore, restore_probabilities, restore_slab
@@ -174,6 +174,8 @@ class Predictor:
             itemsize,
             free=free,
             batch=max(engine.batch for engine in self.engines),
+            # one runs at a time; what nobody measured is estimated for 16-bit activations
+            engine=max(engine.held_bytes or engine.batch * engine_bytes(self.spec, 1) // 2 for engine in self.engines),
             step=self.step,
             flips=2 ** len(self.mirror_axes),
             probabilities=probabilities,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -82,10 +82,11 @@ class TorchEngine:
         self._classes, self._dimensions, self._precision = classes, dimensions, precision
         self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         self._network = network.eval()
-        self._format = torch.contiguous_format
+        self._format, self._separate = torch.contiguous_format, None
         if device != "cpu":
             self._network = _rounded(self._network.to(self._place), self._dtype)
-            if compiled or (self._number is not None and _fused(self._network, self._dtype)):
+            self._separate = _fuse(self._network, self._dtype) if self._number is not None and not compiled else None
+            if compiled or self._separate:
                 self._format = _channels_last(dimensions)
             self._network = self._network.to(memory_format=self._format)
         self._compiled = torch.compile(self._network) if compiled else None
@@ -113,7 +114,8 @@ class TorchEngine:
             source, target = source[:, :, 0], target[:, :, 0]
         if self.device != "cpu":
             source = source.to(self._dtype, memory_format=self._format)
-        target.copy_(self._logits(source))
+        logits = self._logits(source)
+        self._separate(logits, target) if self._separate else target.copy_(logits)
 
     def _logits(self, source: Any) -> Any:
         if self._compiled is None:
@@ -205,13 +207,13 @@ def _rounded(network: Any, dtype: Any) -> Any:
     return network
 
 
-def _fused(network: Any, dtype: Any) -> bool:
-    """Whether what lies between the convolutions was replaced by kernels of our own."""
+def _fuse(network: Any, dtype: Any) -> Callable[[Any, Any], None] | None:
+    """Put our kernels between the convolutions; what takes the channels-last logits apart, or None where it is not our kind of network."""
     if find_spec("cupy") is None:
-        return False
-    from .torch_fused import fuse
+        return None
+    from .torch_fused import fuse, separate
 
-    return fuse(network, dtype)
+    return separate if fuse(network, dtype) else None
 
 
 def _channels_last(dimensions: int) -> Any:

@@ -44,9 +44,10 @@ class InstanceNormLeaky(nn.Module):
         kernels = _kernels(KINDS[x.dtype], x.device.index)
         grid = parts, windows
         kernels["moments"](grid, _BLOCK, (x.data_ptr(), sums.data_ptr(), space, depth))
-        fold = (x.data_ptr(), sums.data_ptr(), _address(self.weight), _address(self.bias), table.data_ptr(), space, depth)
+        fold = (x.data_ptr(), sums.data_ptr(), _address(self.weight), table.data_ptr(), space, depth)
         kernels["fold"]((-(-channels // 32), windows), _BLOCK, (*fold, np.int32(parts), np.float32(self.eps)))
-        kernels["apply"](grid, _BLOCK, (x.data_ptr(), table.data_ptr(), space, depth, np.float32(self.slope)))
+        apply = (x.data_ptr(), table.data_ptr(), _address(self.bias), space, depth, np.float32(self.slope))
+        kernels["apply"](grid, _BLOCK, apply)
         return x
 
 
@@ -70,6 +71,16 @@ class JoinBiased(nn.Module):
         arguments = (below.data_ptr(), _address(self.bias), skip.data_ptr(), joined.data_ptr(), *sizes)
         _kernels(KINDS[below.dtype], below.device.index)["join"](grid, _BLOCK, arguments)
         return joined
+
+
+def separate(logits: Tensor, out: Tensor) -> None:
+    """Write channels-last logits (N, K, ...) to a contiguous `out`, float16 for float16 and float32 for other types; each read once."""
+    logits = logits.contiguous(memory_format=_CHANNELS_LAST[logits.ndim])
+    windows, channels = logits.shape[:2]
+    voxels = prod(logits.shape[2:])
+    grid = (max(1, min(_BLOCKS // windows, -(-voxels // _THREADS))), windows)
+    arguments = (logits.data_ptr(), out.data_ptr(), np.int64(voxels), np.int32(channels))
+    _kernels(KINDS[logits.dtype], logits.device.index)["separate"](grid, _BLOCK, arguments)
 
 
 def _parts(voxels: int, columns: int, most: int) -> int:
@@ -118,4 +129,4 @@ def _is_fusible(block: Any, dtype: torch.dtype) -> bool:
 @cache
 def _kernels(kind: int, device: int) -> dict[str, Any]:  # `device`: a module belongs to the GPU it was loaded on
     module = require("cupy", extra="cuda").RawModule(code=SOURCE.read_text(), options=(f"-DKIND={kind}", "--std=c++17"))
-    return {name: module.get_function(name) for name in ("moments", "fold", "apply", "join")}
+    return {name: module.get_function(name) for name in ("moments", "fold", "apply", "join", "separate")}

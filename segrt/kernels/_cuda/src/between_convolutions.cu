@@ -15,13 +15,21 @@
 #define LANES 8
 #endif
 
-struct __align__(16) Vector {
 #if KIND == 0
-    float values[LANES];
+typedef float Value;
 #else
-    unsigned short values[LANES];
+typedef unsigned short Value;
 #endif
+
+struct __align__(16) Vector {
+    Value values[LANES];
 };
+
+#if KIND == 1
+typedef unsigned short Logit;
+#else
+typedef float Logit;
+#endif
 
 #if KIND == 0
 __device__ float widen(float value) { return value; }
@@ -86,9 +94,9 @@ extern "C" __global__ void moments(const Vector* x, float* sums, long long voxel
     }
 }
 
-// grid (ceil(channels / 32), windows), blocks of 32 channels by 8 shares of the parts; table (windows, 2, channels): factor and offset
-extern "C" __global__ void fold(const Vector* x, const float* sums, const float* weight, const float* bias, float* table, long long voxels,
-                                int channels, int parts, float eps) {
+// grid (ceil(channels / 32), windows), blocks of 32 channels by 8 shares of the parts; table (windows, 2, channels): mean and factor
+extern "C" __global__ void fold(const Vector* x, const float* sums, const float* weight, float* table, long long voxels, int channels, int parts,
+                                float eps) {
     __shared__ double shared[2][8][32];
     const int lane = threadIdx.x % 32, share = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
     double s = 0, q = 0;
@@ -109,28 +117,29 @@ extern "C" __global__ void fold(const Vector* x, const float* sums, const float*
         }
         const double shift = s / voxels, variance = fmax(q / voxels - shift * shift, 0.0);
         const double pivot = widen(x[blockIdx.y * voxels * (channels / LANES) + c / LANES].values[c % LANES]);
-        const double factor = (weight ? weight[c] : 1.0) / sqrt(variance + eps);
-        table[2 * channels * blockIdx.y + c] = (float)factor;
-        table[2 * channels * blockIdx.y + channels + c] = (float)((bias ? bias[c] : 0.0) - (pivot + shift) * factor);
+        table[2 * channels * blockIdx.y + c] = (float)(pivot + shift);
+        table[2 * channels * blockIdx.y + channels + c] = (float)((weight ? weight[c] : 1.0) / sqrt(variance + eps));
     }
 }
 
 // grid (parts, windows); negative results are multiplied by slope
-extern "C" __global__ void apply(Vector* x, const float* table, long long voxels, int channels, float slope) {
+extern "C" __global__ void apply(Vector* x, const float* table, const float* bias, long long voxels, int channels, float slope) {
     const int columns = channels / LANES, rows = THREADS / columns;
     const int column = threadIdx.x % columns, row = threadIdx.x / columns;
     if (row >= rows) return;
     Vector* window = x + blockIdx.y * voxels * columns;
-    float factor[LANES], offset[LANES];
+    // the mean goes first: in a window of one value the factor is large, and a product of both would lose digits
+    float mean[LANES], factor[LANES], offset[LANES];
     for (int k = 0; k < LANES; ++k) {
-        factor[k] = table[2 * channels * blockIdx.y + column * LANES + k];
-        offset[k] = table[2 * channels * blockIdx.y + channels + column * LANES + k];
+        mean[k] = table[2 * channels * blockIdx.y + column * LANES + k];
+        factor[k] = table[2 * channels * blockIdx.y + channels + column * LANES + k];
+        offset[k] = bias ? bias[column * LANES + k] : 0;
     }
 #pragma unroll 4
     for (long long i = (long long)blockIdx.x * rows + row; i < voxels; i += (long long)gridDim.x * rows) {
         Vector v = window[i * columns + column];
         for (int k = 0; k < LANES; ++k) {
-            const float y = widen(v.values[k]) * factor[k] + offset[k];
+            const float y = (widen(v.values[k]) - mean[k]) * factor[k] + offset[k];
             v.values[k] = narrow(y > 0 ? y : y * slope);
         }
         window[i * columns + column] = v;
@@ -154,5 +163,17 @@ extern "C" __global__ void join(const Vector* below, const float* bias, const Ve
         } else {
             joined[i * columns + column] = skip[i * (columns - own) + column - own];
         }
+    }
+}
+
+__device__ void store(unsigned short* out, float value) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(*out) : "f"(value)); }
+__device__ void store(float* out, float value) { *out = value; }
+
+// grid (parts, windows); channels come first: out (windows, channels, voxels), float16 for float16 and float32 for the others
+extern "C" __global__ void separate(const Value* x, Logit* out, long long voxels, int channels) {
+    const Value* window = x + blockIdx.y * voxels * channels;
+    Logit* planes = out + blockIdx.y * voxels * channels;
+    for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < voxels; i += (long long)gridDim.x * THREADS) {
+        for (int k = 0; k < channels; ++k) store(planes + k * voxels + i, widen(window[i * channels + k]));
     }
 }
