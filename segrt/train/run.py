@@ -146,7 +146,8 @@ def train_model(
     if rank() > 0:
         return None
     best = choose_best({name: trained[name].summary_of(config.folds) for name in names})
-    place.show.stage(best.text)
+    if len(names) > 1:
+        place.show.stage(best.text)
     write_atomic(place.folder / "reports" / "configurations.json", best.to_json())
     stages = [trained[stage] for stage, _ in _stages(chosen, place, best.name)]
     choice = choose_postprocess(stages[-1].summary, dataset, workers=max(1, config.workers))
