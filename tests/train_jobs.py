@@ -32,6 +32,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "save_interval": 2,
         "log_interval": 2,
         "seed": 1,
+        "precision": "fp32",
     }
     return make_config("nnunet", **{**fields, **changes})
 
