@@ -49,7 +49,7 @@ def get_xp(array: Any) -> Any:
     """Return what makes arrays where `array` lies: numpy, cupy, or the simulated device; asarray, ascontiguousarray, empty, full, zeros."""
     if isinstance(array, Simulated):
         return _SIMULATED_XP
-    return require("cupy", extra="gpu") if _is_cupy(array) else np
+    return require("cupy", extra="cuda") if _is_cupy(array) else np
 
 
 def on_device(array: Any) -> bool:
@@ -102,7 +102,7 @@ def use_device(device: str) -> Any:
     number = device_number(device)
     if number is None:
         return nullcontext()
-    return require("cupy", extra="gpu").cuda.Device(number)
+    return require("cupy", extra="cuda").cuda.Device(number)
 
 
 def open_stream(device: str) -> Any:
@@ -110,7 +110,7 @@ def open_stream(device: str) -> Any:
     if device_number(device) is None:
         return None
     with use_device(device):
-        return require("cupy", extra="gpu").cuda.Stream(non_blocking=True)
+        return require("cupy", extra="cuda").cuda.Stream(non_blocking=True)
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def compute_on(device: str, stream: Any) -> Iterator[None]:
     if stream is None:
         yield
         return
-    memory = require("cupy", extra="gpu").cuda
+    memory = require("cupy", extra="cuda").cuda
     with use_device(device), memory.using_allocator(patient(memory.get_allocator())), stream:
         yield
 
@@ -177,7 +177,7 @@ def count_gpus() -> int:
     BackendError
         When CuPy is not installed.
     """
-    cupy = require("cupy", extra="gpu")
+    cupy = require("cupy", extra="cuda")
     try:
         return int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError:
@@ -190,7 +190,7 @@ def free_bytes(device: str) -> int:
     if number is None:
         return 0
     with use_device(device):
-        cupy, torch = require("cupy", extra="gpu"), _torch_on_gpu()
+        cupy, torch = require("cupy", extra="cuda"), _torch_on_gpu()
         kept = torch.memory_reserved(number) - torch.memory_allocated(number) if torch else 0
         return int(cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes() + kept)
 
@@ -200,7 +200,7 @@ def give_back(device: str) -> None:
     if device_number(device) is None:
         return
     with use_device(device):
-        require("cupy", extra="gpu").get_default_memory_pool().free_all_blocks()
+        require("cupy", extra="cuda").get_default_memory_pool().free_all_blocks()
     torch = _torch_on_gpu()
     if torch is not None:
         torch.empty_cache()
@@ -221,7 +221,7 @@ def memory_errors() -> Iterator[None]:
 
 def _upload(array: Array) -> Any:
     """Copy through two pinned buffers: while one is read by the device, the other is filled."""
-    cupy = require("cupy", extra="gpu")
+    cupy = require("cupy", extra="cuda")
     result = cupy.empty(array.shape, array.dtype)
     target, source = result.reshape(-1).view(np.uint8), array.reshape(-1).view(np.uint8)
     stream = cupy.cuda.get_current_stream()
@@ -238,7 +238,7 @@ def _upload(array: Array) -> Any:
 
 
 def _download(array: Any) -> Array:
-    cupy = require("cupy", extra="gpu")
+    cupy = require("cupy", extra="cuda")
     source = cupy.ascontiguousarray(array).reshape(-1).view(np.uint8)
     result = np.empty(array.shape, array.dtype)
     target = result.reshape(-1).view(np.uint8)
@@ -265,5 +265,5 @@ def _drain(item: tuple[int, Array, Any], target: Array) -> None:
 
 def _stages(size: int) -> list[tuple[Array, Any]]:
     """Two pinned buffers, each with the event that says when the device is done with it."""
-    cupy, cupyx = require("cupy", extra="gpu"), require("cupyx", extra="gpu")
+    cupy, cupyx = require("cupy", extra="cuda"), require("cupyx", extra="cuda")
     return [(cupyx.empty_pinned(min(size, _STAGE_BYTES), np.uint8), cupy.cuda.Event(disable_timing=True)) for _ in range(2)]

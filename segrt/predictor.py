@@ -266,6 +266,7 @@ class _Clock:
             if item is None:
                 return
             yield item
+            wait_for(self._stream)  # what was done with it is the outer stage's
 
 
 def restore_planes(

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..bundle import Bundle
 from ..device import free_bytes
+from ..errors import BackendError
 from ..io import Case
 from ..io.peek import peek
 from ..memory import available_bytes, engine_bytes, estimate, resident_bytes
@@ -46,9 +47,13 @@ def _print_device_estimate(predictor: Predictor, cases: Sequence[Case], *, proba
     if not known:
         return
     name, (grid, itemsize) = max(known.items(), key=lambda item: prod(item[1][0].shape))
-    plan = predictor.device_plan(grid, itemsize, free_bytes(predictor.device), probabilities=probabilities)
-    how = "" if plan.starts_per_slab is None else ", logits slab by slab"
-    line = f"memory of {predictor.device}: at most {gigabytes(plan.peak)} beside the network (case {name}{how})"
+    try:
+        plan = predictor.device_plan(grid, itemsize, free_bytes(predictor.device), probabilities=probabilities)
+    except BackendError as err:
+        line = f"case {name} will fail: {err}"  # the others of the folder need not
+    else:
+        how = "" if plan.starts_per_slab is None else ", logits slab by slab"
+        line = f"memory of {predictor.device}: at most {gigabytes(plan.peak)} (case {name}{how})"
     Console(stderr=True, markup=False).print(line, highlight=False, soft_wrap=True)
 
 

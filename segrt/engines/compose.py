@@ -161,4 +161,4 @@ def _finish(array: Any) -> None:
     """Wait for what the current stream still does to an array on a GPU."""
     if _place(array).startswith("cuda"):
         with array.device:
-            require("cupy", extra="gpu").cuda.get_current_stream().synchronize()
+            require("cupy", extra="cuda").cuda.get_current_stream().synchronize()

@@ -70,7 +70,7 @@ class OnnxRuntimeEngine:
         if self._number is None:
             yield None
             return
-        cupy = require("cupy", extra="gpu")
+        cupy = require("cupy", extra="cuda")
         options, current = require("onnxruntime", extra="gpu").RunOptions(), cupy.cuda.get_current_stream()
         if self._stream is None:
             current.synchronize()  # and ONNX Runtime waits for its own stream before it returns

@@ -229,7 +229,7 @@ def _tensor(array: Any) -> Any:
 
 def _torch_stream(torch: Any, number: int) -> Any:
     """CuPy's current stream, for torch."""
-    address = require("cupy", extra="gpu").cuda.get_current_stream().ptr
+    address = require("cupy", extra="cuda").cuda.get_current_stream().ptr
     return torch.cuda.ExternalStream(address, device=number) if address else torch.cuda.default_stream(number)
 
 

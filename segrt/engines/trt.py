@@ -32,7 +32,7 @@ class TensorRTEngine:
     """
 
     def __init__(self, plan: bytes, *, device: str, precision: str, compatible: bool = False) -> None:
-        trt, self._cupy = trt_api.load(), require("cupy", extra="gpu")
+        trt, self._cupy = trt_api.load(), require("cupy", extra="cuda")
         self.device = f"cuda:{device_number(device)}"
         self._lock = threading.Lock()
         self._lanes: dict[int, _Lane] = {}
@@ -140,7 +140,7 @@ class _Lane:
 
     def _capture(self, stream: Any) -> Any:
         """Record a run as a CUDA graph; None, with a line in the log, where that does not work."""
-        failures = (require("cupy", extra="gpu").cuda.runtime.CUDARuntimeError, BackendError)
+        failures = (require("cupy", extra="cuda").cuda.runtime.CUDARuntimeError, BackendError)
         graph = None
         try:
             stream.begin_capture()
@@ -191,7 +191,7 @@ def this_machine(device: str) -> Machine:
     number = device_number(device)
     if number is None:
         raise BackendError(f"TensorRT runs on an NVIDIA GPU, not on device {device}; use --device cuda")
-    version, runtime = str(trt_api.load().__version__), require("cupy", extra="gpu").cuda.runtime
+    version, runtime = str(trt_api.load().__version__), require("cupy", extra="cuda").cuda.runtime
     properties, driver = runtime.getDeviceProperties(number), int(runtime.driverGetVersion())
     return Machine(
         gpu=properties["name"].decode(),

@@ -1,7 +1,7 @@
 """One text per kernel, two compilers: a thread body becomes a CUDA kernel, and a bounds-checked loop where there is no GPU.
 
 A body is a plain function `body(z, y, x, *arrays and scalars)` that does the work of one thread. `thread_kernel` makes a CUDA kernel of it
-and, for `simulated` arrays (see `segrt.arrays`), a loop over all threads on the CPU, one after the other and with every index checked: the
+and, for `simulated` arrays (see `segrt.device`), a loop over all threads on the CPU, one after the other and with every index checked: the
 same text at a speed that whole images bear. `cuda_simulator` runs them under Numba's own CUDA simulator instead, thread by thread.
 
 Rules for bodies: no bare float literal (those are float64), no print, nothing of NumPy but scalar types and functions; what they call is
@@ -189,7 +189,7 @@ def launch(kernel: ThreadKernel, shape: Shape3, *arguments: Any) -> None:
         with _ONE_AT_A_TIME:
             kernel.cuda[grid, block](*shape, *(fake(np.asarray(a)) if isinstance(a, np.ndarray) else a for a in arguments))
         return
-    cupy = require("cupy", extra="gpu")
+    cupy = require("cupy", extra="cuda")
     with _ONE_AT_A_TIME:
         stream = _stream(cupy.cuda.get_current_stream().ptr)
         views = (_view(a.data.ptr, a.shape, _strides(a), a.dtype) if isinstance(a, cupy.ndarray) else a for a in arguments)
