@@ -38,3 +38,11 @@ def shared_data() -> Path:
 def golden() -> Path:
     """What nnU-Net v2 itself produced."""
     return _shared("golden")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a GPU Numba compiles for it, and its simulator, which takes the whole process, is off."""
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
+        for item in items:
+            if "simulator" in item.name:
+                item.add_marker(pytest.mark.skip(reason="Numba's CUDA simulator is off; set NUMBA_ENABLE_CUDASIM=1"))
