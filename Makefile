@@ -32,12 +32,8 @@ demo: | $(BIN)/python
 		|| $(BIN)/python -m pip install --quiet -e ".[report]"
 	$(BIN)/python examples/demo/run.py
 
-# Training has a process of its own: in one with everything else Python 3.11 crashed in a signal handler (PyTorch's loader, a compiled
-# kernel); 5 says that PYTEST_ARGS select nothing there
-TRAINING := $(wildcard tests/*/test*train*.py)
 test: install
-	$(BIN)/python -m pytest -p tests.shared_guard $(addprefix --ignore=,$(TRAINING)) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -p tests.shared_guard $(TRAINING) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -p tests.shared_guard $(PYTEST_ARGS)
 
 coverage: install
 	$(BIN)/python -m pytest --cov=segrt --cov-report=term-missing:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)

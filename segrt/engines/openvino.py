@@ -62,9 +62,19 @@ class OpenVINOEngine:
         del self._request, self._compiled
 
 
+@cache
+def open_core() -> Any:
+    """OpenVINO's core, one for the process and never given back.
+
+    Its CPU plugin gives the thread a stack for signals, and at its end puts back the one it found, which may be an earlier plugin's that is
+    gone: the next signal that Python handles (Ctrl-C, a child that ended) then killed the process.
+    """
+    return require("openvino", extra="export").Core()
+
+
 def open_member(bundle: Bundle, member: str, precision: str, threads: int) -> OpenVINOEngine:
     """Open the compiled blob made for this machine; fp32, which needs no verdict, is compiled where there is none."""
-    core = require("openvino", extra="export").Core()
+    core = open_core()
     check_precision(core, precision)
     blob = bundle.engine_path(engine_key(precision)) / f"{member}.blob"
     build = read_build(blob.with_name("build.json"))
@@ -85,14 +95,14 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int) -> Op
 
 def open_blob(blob: Path, *, precision: str, dimensions: int, threads: int = 0, held_bytes: int = 0) -> OpenVINOEngine:
     """Open a compiled blob as it is; `open_member` checks first that it belongs to its bundle and machine."""
-    core = require("openvino", extra="export").Core()
+    core = open_core()
     compiled = core.import_model(blob.read_bytes(), "CPU", _settings(core, precision, threads))
     return OpenVINOEngine(compiled, precision=precision, dimensions=dimensions, held_bytes=held_bytes)
 
 
 def write_member(bundle: Bundle, member: str, precision: str, folder: Path, *, model: Path | None = None) -> dict[str, Any]:
     """Compile a member (or, for INT8, its quantised `model`) into `folder`/<member>.blob; its record for build.json comes out."""
-    core = require("openvino", extra="export").Core()
+    core = open_core()
     check_precision(core, precision)
     blob = folder / f"{member}.blob"
     blob.write_bytes(compile_member(core, bundle, member, precision, 0, model=model).export_model().getbuffer())

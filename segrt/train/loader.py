@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils import signal_handling
 
 from ..errors import BackendError, InputError, SegrtError
 from ..networks import supervision_scales
@@ -131,7 +129,6 @@ class BatchStream(Iterator[Batch]):
             multiprocessing_context=_context() if workers else None,
             generator=torch.Generator(),  # its own, or the weights of a network made later would depend on us
         )
-        self._watched = _CHILDREN.watch() if workers else False
         self._batches: Iterator[Batch | SegrtError] | None = iter(loader)
 
     def __next__(self) -> Batch:
@@ -159,39 +156,6 @@ class BatchStream(Iterator[Batch]):
     def close(self) -> None:
         """End the workers and give their memory back."""
         self._batches = None  # its finaliser waits for them
-        if self._watched:
-            self._watched = False
-            _CHILDREN.leave()
-
-
-class _Children:
-    """What this process does when a child ends: PyTorch's handler while there are workers, and what was before when the last are gone.
-
-    PyTorch leaves its handler for good. A child that ended much later, while a compiled kernel was called, then crashed Python 3.11.
-    """
-
-    def __init__(self) -> None:
-        self._streams = 0
-        self._before: Any = signal.SIG_DFL
-
-    def watch(self) -> bool:
-        """One more stream is about to start workers; False where there is nothing to put back: outside the main thread, on Windows."""
-        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-            return False
-        if not self._streams:
-            self._before = signal.getsignal(signal.SIGCHLD)
-        self._streams += 1
-        return True
-
-    def leave(self) -> None:
-        """A stream has ended its workers."""
-        self._streams -= 1
-        if not self._streams and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, self._before)
-            signal_handling._SIGCHLD_handler_set = False  # or the next workers would go unwatched
-
-
-_CHILDREN = _Children()
 
 
 class _Source(Dataset[Batch]):

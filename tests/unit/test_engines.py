@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -270,3 +272,25 @@ def test_mirroring_passes_on_what_the_engine_says() -> None:
     assert inner.calls == [2, 2, 2, 2]
     engine.close()
     assert inner.closed == 1
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_a_signal_after_engines_were_closed_reaches_python(tmp_path: Path, order: str) -> None:
+    """OpenVINO gives the thread a signal stack, and its end puts an older one back that may be gone: Ctrl-C then killed the process."""
+    bundle = make_bundle(tmp_path / "model")
+    code = f"""
+import os, signal, sys
+from segrt.bundle import Bundle
+from segrt.engines import open_engine
+received = []
+signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+bundle = Bundle.open(sys.argv[1])
+for _ in range(3):
+    engines = [open_engine(bundle, "0") for _ in range(2)]
+    for _ in range(2):
+        engines.pop({0 if order == "first" else -1}).close()
+    os.kill(os.getpid(), signal.SIGUSR1)
+assert received == [signal.SIGUSR1] * 3, received
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(bundle.path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])

@@ -162,22 +162,3 @@ def test_a_killed_worker_is_a_sentence(prepared: Prepared) -> None:
 def test_no_case_no_batches(prepared: Prepared) -> None:
     with pytest.raises(InputError, match="there is no case to draw training batches from"):
         Batches(prepared.select([]), CONFIGURATION)
-
-
-def test_what_the_process_does_with_ended_children_is_left_as_it_was(prepared: Prepared) -> None:
-    """PyTorch stays in charge of SIGCHLD for good, and code that later ran a program and a compiled kernel crashed in its handler."""
-    before = signal.getsignal(signal.SIGCHLD)
-    first, second = (Batches(prepared, CONFIGURATION, workers=1)() for _ in range(2))
-    next(first)
-    during = signal.getsignal(signal.SIGCHLD)
-    assert during is not before
-    first.close()
-    assert signal.getsignal(signal.SIGCHLD) is during, "the second one still has its worker"
-    next(second)
-    second.close()
-    second.close()
-    assert signal.getsignal(signal.SIGCHLD) is before
-    third = Batches(prepared, CONFIGURATION, workers=1)()
-    assert signal.getsignal(signal.SIGCHLD) is not before
-    third.close()
-    assert signal.getsignal(signal.SIGCHLD) is before
