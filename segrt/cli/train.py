@@ -37,6 +37,7 @@ def train(
     planner: Annotated[str | None, typer.Option(help="default, resenc_m, resenc_l or resenc_xl.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="GPU memory to plan for.")] = None,
     iters: Annotated[int | None, typer.Option(help="Iterations.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after this time, where --iters is not reached before.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of 250 iterations, instead of --iters.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Patches per step, over all processes; the plan's by default.")] = None,
     patch: Annotated[
@@ -114,6 +115,7 @@ def train(
         "planner": planner,
         "memory_gb": memory_gb,
         "iterations": iters if epochs is None else 250 * epochs,
+        "minutes": minutes,
         "batch_size": batch_size,
         "patch": comma_list(patch),
         "width": width,

@@ -28,6 +28,8 @@ class TrainConfig(Part):
     folds : "0" .. "4" of `split`, or "all" to train on every case
     split : "kfold" (nnU-Net's five), "shuffled:0.75" or "sorted:0.8" (one fold with that share in training), or the path of a JSON file;
         "auto" is the dataset's own where it has one, else kfold, for a V-Net shuffled:0.75
+    iterations, minutes : how long; with `minutes` the training ends after that time where `iterations` is not reached before, and poly and
+        cosine fall over whichever comes first
     memory_gb : GPU memory nnU-Net's planner plans for, instead of the preset's
     batch_size, patch, width : override the plan; width is a factor on the network's features
     window, sliding, resampling : of a V-Net, see `plan_vnet`; `patch` is the shape its images are resized to
@@ -55,6 +57,7 @@ class TrainConfig(Part):
     split: str = "auto"
     memory_gb: float | None = Field(None, gt=0)
     iterations: Positive = 250_000
+    minutes: float | None = Field(None, gt=0)
     epoch: Positive = 250
     batch_size: Positive | None = None
     patch: tuple[Size, Size, Size] | None = None
@@ -110,6 +113,11 @@ class TrainConfig(Part):
         """Epochs begun by the end of the training."""
         return -(-self.iterations // self.epoch)
 
+    @property
+    def length(self) -> str:
+        """How long it is, in words."""
+        return f"{self.minutes:g} minutes" if self.minutes else f"{self.iterations} iterations"
+
     def to_json(self) -> str:
         """The text of config.json."""
         return self.model_dump_json(by_alias=True, indent=1) + "\n"
@@ -147,7 +155,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def make_config(model: Model = "nnunet", **changes: object) -> TrainConfig:
     """Give the model's own recipe with `changes`; those that are None leave the default.
 
-    The learning rate of nnU-Net changes per epoch; in a training of less than 100 of them it changes with every iteration unless told.
+    The learning rate of nnU-Net changes per epoch; in a training of less than 100 of them, or one that ends by the clock, it changes with
+    every iteration unless told.
 
     Raises
     ------
@@ -156,7 +165,7 @@ def make_config(model: Model = "nnunet", **changes: object) -> TrainConfig:
     """
     chosen = {name: value for name, value in changes.items() if value is not None}
     config = _parse({**_DEFAULTS.get(model, {}), "model": model, **chosen}, where="training")
-    if config.epochs < _FEW_EPOCHS and "schedule_by_epoch" not in chosen:
+    if (config.epochs < _FEW_EPOCHS or config.minutes) and "schedule_by_epoch" not in chosen:
         return config.model_copy(update={"schedule_by_epoch": False})
     return config
 

@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .optim import build_optimizer, build_schedule, clip_gradients
 from .processes import add_up, agree, parallel, processes, rank, synchronised, wait_for_all
 from .records import Records
-from .surroundings import gpu_settings, opened, profiler, seeded, signals
+from .surroundings import gpu_settings, lay_out, opened, profiler, seeded, signals
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +101,15 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         stack.enter_context(gpu_settings(device))
 
         network = job.build().to(device).train()
+        layout = lay_out(network, device)
         optimizer = build_optimizer(network.parameters(), config)
         schedule = build_schedule(optimizer, config, config.iterations)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
         start, kept = job.checkpoints.resume(parts)
         dice, average, best = kept.get("dice"), kept.get("average"), kept.get("best")
-        if start >= config.iterations:
+        budget, earlier = 60 * config.minutes if config.minutes else math.inf, float(kept.get("seconds", 0.0))
+        if start >= config.iterations or earlier >= budget:
             return True
         if start:
             logger.info("%s: going on from iteration %d of %d", job.folder, start, config.iterations)
@@ -117,7 +119,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         validation = stack.enter_context(opened(job.validation, validated))
         records = stack.enter_context(Records(job.folder, job.classes, iteration=start)) if first else None
         recorder = stack.enter_context(profiler(config, start, job.folder)) if first else None
-        pace = _Pace()
+        pace, opening = _Pace(), time.perf_counter() - earlier
 
         for iteration in range(start + 1, config.iterations + 1):
             began, reading, total = time.perf_counter(), 0.0, 0.0
@@ -126,7 +128,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                 asked = time.perf_counter()
                 data, targets, cases = next(batches)
                 reading += time.perf_counter() - asked
-                data = data.to(device, non_blocking=True)
+                data = data.to(device, non_blocking=True, memory_format=layout)
                 targets = [target.to(device, non_blocking=True) for target in targets]
                 with synchronised(model, last=part == config.accumulation - 1):
                     with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
@@ -135,7 +137,8 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                     torch.autograd.backward(scaler.scale(loss / config.accumulation))
                 total += loss.item() / config.accumulation
                 names += cases
-            mean, stopping = agree(total, bool(stop), device)
+            mean, stopping, seconds = agree(total, bool(stop), time.perf_counter() - opening, device)
+            last = iteration == config.iterations or seconds >= budget
             if not math.isfinite(mean):
                 raise InputError(_not_a_number(iteration, mean, names, config))
             if config.clip:
@@ -144,7 +147,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             scaler.step(optimizer)
             scaler.update()
             lr = optimizer.param_groups[0]["lr"]
-            schedule.step()
+            schedule.step(seconds / budget)
             optimizer.zero_grad(set_to_none=True)
             cost = time.perf_counter() - began
 
@@ -154,8 +157,8 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             if records:
                 values = {"loss": mean, "dice": shown, "lr": lr, "batch_cost": cost, "reader_cost": reading}
                 records.training(iteration, values)
-            if config.validation_batches and (iteration % config.validation_interval == 0 or iteration == config.iterations):
-                validation_loss, scores = _validate(network, validation, job, device)
+            if config.validation_batches and (iteration % config.validation_interval == 0 or last):
+                validation_loss, scores = _validate(network, validation, job, device, layout)
                 dice = _mean(scores)
                 if dice is not None:
                     average = dice if average is None else _MOMENTUM * average + (1 - _MOMENTUM) * dice
@@ -165,17 +168,19 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                     best = average
                     if first:
                         job.checkpoints.save_best(iteration, network, {"average": average})
-            if iteration % config.save_interval == 0 or iteration == config.iterations or stopping:
+            if iteration % config.save_interval == 0 or last or stopping:
                 if records:
-                    job.checkpoints.save(iteration, parts, {"dice": dice, "average": average, "best": best})
+                    job.checkpoints.save(iteration, parts, {"dice": dice, "average": average, "best": best, "seconds": seconds})
                     records.flush()
                 wait_for_all()
             if recorder:
                 recorder.step()
             if progress and first:
-                left = (config.iterations - iteration) * pace(time.perf_counter() - began)
-                progress(Step(iteration, config.iterations, mean, dice, lr, cost, reading, left))
-            if stopping and iteration < config.iterations:
+                left = 0 if last else pace.left(time.perf_counter() - began, config.iterations - iteration, budget - seconds)
+                progress(Step(iteration, iteration + left, mean, dice, lr, cost, reading, left * pace.mean))
+            if last:
+                break
+            if stopping:
                 return False
     return True
 
@@ -184,7 +189,9 @@ def _levels(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _validate(network: nn.Module, batches: Iterator[Batch], job: Job, device: torch.device) -> tuple[float, list[float]]:
+def _validate(
+    network: nn.Module, batches: Iterator[Batch], job: Job, device: torch.device, layout: torch.memory_format
+) -> tuple[float, list[float]]:
     """Mean loss and the pseudo Dice of each foreground class over the next validation batches, all processes together."""
     config = job.config
     counts = torch.zeros(3, len(job.classes), dtype=torch.float64, device=device)
@@ -195,7 +202,7 @@ def _validate(network: nn.Module, batches: Iterator[Batch], job: Job, device: to
             data, targets, _names = next(batches)
             targets = [target.to(device, non_blocking=True) for target in targets]
             with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
-                outputs = _levels(network(data.to(device, non_blocking=True)))
+                outputs = _levels(network(data.to(device, non_blocking=True, memory_format=layout)))
             total += job.loss(outputs, targets[: len(outputs)])[0]
             counts += _overlap(outputs[0], targets[0], job.head)
     network.train()
@@ -248,8 +255,9 @@ class _Pace:
     """Seconds per iteration, averaged over about the last hundred."""
 
     def __init__(self) -> None:
-        self._mean: float | None = None
+        self.mean = 0.0
 
-    def __call__(self, seconds: float) -> float:
-        self._mean = seconds if self._mean is None else 0.98 * self._mean + 0.02 * seconds
-        return self._mean
+    def left(self, seconds: float, iterations: int, budget: float) -> int:
+        """Iterations still to come after one that took `seconds`: at most `iterations`, and what fits into the seconds of `budget`."""
+        self.mean = 0.98 * self.mean + 0.02 * seconds if self.mean else seconds
+        return min(iterations, max(1, round(min(budget / self.mean, iterations))))

@@ -62,16 +62,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, limit)
 
 
-def learning_rate(config: TrainConfig, iteration: int, total: int) -> float:
+def learning_rate(config: TrainConfig, iteration: int, total: int, *, spent: float = 0.0) -> float:
     """Return the learning rate of an iteration (from 0) of a training of `total`.
 
     poly: (lr - end) (1 - t / D)^power + end, with D = `decay_iterations` or the whole training, and `end` from there on. cosine: half a
     wave from lr to `end_lr`, with the same D. step: lr * gamma^(t // step_iterations). Under `schedule_by_epoch` t and D count whole
-    epochs, so the rate is constant within one, as nnU-Net's is.
+    epochs, so the rate is constant within one, as nnU-Net's is. `spent` is the share of a limited training's time that is over: where it is
+    larger than t / D, it takes its place.
     """
     unit = config.epoch if config.schedule_by_epoch else 1
     now = iteration // unit * unit
-    left = 1 - min(now / _decay(config, total), 1.0)
+    left = 1 - min(max(now / _decay(config, total), spent), 1.0)
     match config.schedule:
         case "constant":
             return config.lr
@@ -92,28 +93,29 @@ def _decay(config: TrainConfig, total: int) -> int:
 class Schedule:
     """Sets an optimizer's learning rate; `step` comes after each iteration.
 
-    It remembers nothing but the number of the iteration, so what it does after a resume is what it would have done.
+    It remembers nothing but the number of the iteration and the share of the time that is over, so what it does after a resume is what it
+    would have done.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, total: int) -> None:
         self._optimizer, self._config, self._total = optimizer, config, total
-        self._set(0)
+        self._set(0, 0.0)
 
-    def step(self) -> None:
-        """Go on to the next iteration."""
-        self._set(self.iteration + 1)
+    def step(self, spent: float = 0.0) -> None:
+        """Go on to the next iteration; `spent` is the share of the training's time that is over."""
+        self._set(self.iteration + 1, spent)
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to remember."""
-        return {"iteration": self.iteration}
+        return {"iteration": self.iteration, "spent": self.spent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the iteration of `state`."""
-        self._set(int(state["iteration"]))
+        self._set(int(state["iteration"]), float(state.get("spent", 0.0)))
 
-    def _set(self, iteration: int) -> None:
-        self.iteration = iteration
-        self.lr = learning_rate(self._config, iteration, self._total)
+    def _set(self, iteration: int, spent: float) -> None:
+        self.iteration, self.spent = iteration, spent
+        self.lr = learning_rate(self._config, iteration, self._total, spent=spent)
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr
 

@@ -50,13 +50,13 @@ def synchronised(model: nn.Module, *, last: bool) -> Any:
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) and not last else nullcontext()
 
 
-def agree(loss: float, stop: bool, device: torch.device) -> tuple[float, bool]:
-    """The mean loss of all processes, and whether any of them was asked to stop."""
+def agree(loss: float, stop: bool, seconds: float, device: torch.device) -> tuple[float, bool, float]:
+    """The mean loss of all processes, whether any of them was asked to stop, and the mean of the seconds they count."""
     if not distributed.is_initialized():
-        return loss, stop
-    values = torch.tensor([loss / processes(), float(stop)], dtype=torch.float64, device=device)
+        return loss, stop, seconds
+    values = torch.tensor([loss, float(stop), seconds], dtype=torch.float64, device=device)
     distributed.all_reduce(values)
-    return float(values[0]), bool(values[1])
+    return float(values[0]) / processes(), bool(values[1]), float(values[2]) / processes()
 
 
 def add_up(*tensors: torch.Tensor) -> None:

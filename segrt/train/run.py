@@ -171,7 +171,7 @@ def train_configuration(place: Work, plan: Plan, name: str, folds: Sequence[str]
         for fold in folds
     }
     for fold in made.values():
-        place.show.stage(f"{name}: training fold {fold.name} for {config.iterations} iterations")
+        place.show.stage(f"{name}: training fold {fold.name} for {config.length}")
         if not train_fold(fold):
             return None
     summaries = tuple(validate_fold(fold, dataset, previous=earlier) for fold in made.values()) if rank() == 0 else ()

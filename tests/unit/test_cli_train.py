@@ -65,6 +65,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--planner", "resenc_m"], "planner", "resenc_m"),
     (["--memory-gb", "6"], "memory_gb", 6),
     (["--iters", "77"], "iterations", 77),
+    (["--minutes", "1.5"], "minutes", 1.5),
     (["--epochs", "200"], "iterations", 50_000),
     (["--batch-size", "3"], "batch_size", 3),
     (["--patch", "8,16,16"], "patch", [8, 16, 16]),

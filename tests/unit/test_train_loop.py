@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,39 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> N
         train(tiny_job(parts), CPU, progress=die)
     assert [step.iteration for step in run(tiny_job(parts))] == [5, 6]
     assert _losses(parts) == _losses(whole)
+
+
+def test_a_training_by_the_clock_ends_with_its_minutes(tmp_path: Path) -> None:
+    config = tiny_config(iterations=1_000_000, epoch=250, minutes=0.02, save_interval=10**6, validation_interval=10**6, lr=0.01)
+    began = time.perf_counter()
+    steps = run(tiny_job(tmp_path, config))
+    assert time.perf_counter() - began >= 1.2
+    rates = [step.lr for step in steps]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 0.01
+    assert rates[-1] < 0.002  # it has fallen over the time there was
+    assert steps[-1].iteration == steps[-1].iterations
+    assert steps[-1].eta_s == 0
+    assert all(step.iteration < step.iterations for step in steps[:-1])
+    assert _rows(tmp_path / "validation.csv")[-1]["iteration"] == str(steps[-1].iteration)
+    assert run(tiny_job(tmp_path, config)) == []  # its time is over, also for the same command again
+
+
+def test_the_time_before_an_interruption_counts(tmp_path: Path) -> None:
+    config = tiny_config(iterations=1_000_000, minutes=0.03, save_interval=10**6, validation_interval=10**6)
+
+    asked = []
+
+    def stop(step: Step) -> None:
+        if step.lr < 0.005 and not asked:  # after about half
+            asked.append(step.iteration)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not train(tiny_job(tmp_path, config), CPU, progress=stop)
+    steps = run(tiny_job(tmp_path, config))
+    assert steps[0].lr < 0.0051
+    assert steps[-1].lr < steps[0].lr
+    assert steps[-1].iteration == steps[-1].iterations
 
 
 def test_a_second_signal_is_not_held_back(tmp_path: Path) -> None:
