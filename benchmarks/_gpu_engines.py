@@ -74,18 +74,22 @@ def open_onnxruntime(setting: Setting, precision: str, batch: int) -> Engine:
 
 
 def open_tensorrt(setting: Setting, precision: str, batch: int) -> Engine:
-    """TensorRT: built for this GPU first."""
+    """TensorRT, with a plan built for this GPU by the first stage that asks for this batch."""
     if importlib.util.find_spec("tensorrt") is None:
         raise Skip("tensorrt is not installed")
     if not setting.on_gpu:
         raise Skip("TensorRT needs a GPU")
+    from segrt.engines.trt import open_plan, this_machine
+    from segrt.engines.trt_plan import engine_key
     from segrt.export.engine import build_engine
     from segrt.export.tensorrt import TensorRTOptions
 
     export(setting)
-    options = TensorRTOptions(batch=batch)
-    build_engine(setting.bundle, backend="tensorrt", precision=precision, device=setting.device, force=True, tensorrt=options)  # type: ignore[arg-type]
-    return open_engine(setting.bundle, "0", backend="tensorrt", precision=precision, device=setting.device)  # type: ignore[arg-type]
+    plan = setting.bundle.engine_path(engine_key(this_machine(setting.device), precision, batch)) / "0.plan"
+    if not plan.is_file():
+        how: dict[str, Any] = {"precision": precision, "device": setting.device, "force": True}
+        build_engine(setting.bundle, backend="tensorrt", tensorrt=TensorRTOptions(batch=batch), **how)
+    return open_plan(plan, device=setting.device, precision=precision)
 
 
 def export(setting: Setting) -> None:

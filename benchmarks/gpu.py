@@ -3,6 +3,7 @@
     PYTHONUNBUFFERED=1 python benchmarks/gpu.py           # results/gpu_<device>.json, a short table last
     python benchmarks/gpu.py --toy                        # the same lines on the simulated device at tiny sizes; nothing is written
     python benchmarks/gpu.py --only kernels,case
+    python benchmarks/gpu.py --second-python FILE         # another Python, for engines that the first one cannot import
 
 Needs torch for CUDA, CuPy, Numba with numba-cuda, scipy and scikit-image; onnxruntime-gpu, TensorRT and compute-sanitizer where they are
 installed. Every stage runs in a process of its own: what a bad kernel does to its CUDA context ends with it, the job is recorded as failed
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,8 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny sizes on the simulated device, nothing written")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--only", default=",".join(STAGES), help="comma list of stages")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--second-python", help="interpreter that runs the jobs this one had to skip")
+    parser.add_argument("--work", type=Path, help="folder for models, plans and cases, kept; a temporary one by default")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--without", default="[]", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -66,11 +70,11 @@ def main() -> None:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     started = time.monotonic()
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="segrt-gpu-") as folder:
+    with kept_or_temporary(args.work) as folder:
         for stage in args.only.split(","):
             limit = min(STAGES[stage][1], TOTAL_S - (time.monotonic() - started))
             begun = time.monotonic()
-            results[stage] = run_stage(stage, args, Path(folder), limit)
+            results[stage] = run_stage(stage, args, folder, limit)
             results[stage]["stage_seconds"] = round(time.monotonic() - begun, 1)
             print(f"{stage}: {results[stage]['stage_seconds']} s", flush=True)
             keep(results, toy=args.toy)
@@ -85,19 +89,44 @@ def keep(results: dict[str, Any], *, toy: bool) -> None:
 
 
 # ------------------------------------------------------------------ the process that starts the others
+@contextmanager
+def kept_or_temporary(folder: Path | None) -> Iterator[Path]:
+    """Yield a folder to work in."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="segrt-gpu-") as temporary:
+            yield Path(temporary)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for log in folder.glob("*.jsonl"):
+        log.unlink()  # of an earlier run
+    yield folder.resolve()
+
+
 def run_stage(stage: str, args: argparse.Namespace, folder: Path, limit: float) -> dict[str, Any]:
-    """Run a stage's jobs; each that ends its process is recorded as failed, and the rest goes on in a new one."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", stage, "--work", str(folder), "--device", args.device]
+    """Run a stage's jobs, those that this interpreter had to skip in the second one."""
+    deadline = time.monotonic() + limit
+    found = run_jobs(stage, args, folder, deadline, sys.executable)
+    log = folder / f"{stage}.jsonl"
+    done = {job: result for job, result in read_log(log).items() if "skipped" not in result}
+    if not args.second_python or stage == "sanitizer" or done.keys() == read_log(log).keys():
+        return found
+    log.write_text("".join(json.dumps({"job": job, "result": result}) + "\n" for job, result in done.items()))
+    return found | run_jobs(stage, args, folder, deadline, args.second_python)
+
+
+def run_jobs(stage: str, args: argparse.Namespace, folder: Path, deadline: float, python: str) -> dict[str, Any]:
+    """Run the jobs not yet in the stage's log; each that ends its process is recorded as failed, and the rest goes on in a new one."""
+    found = read_log(folder / f"{stage}.jsonl")
+    limit = deadline - time.monotonic()
+    command = [python, str(Path(__file__).resolve()), "--worker", stage, "--work", str(folder), "--device", args.device]
     command += ["--toy"] if args.toy else []
-    found: dict[str, Any] = {}
     if stage == "sanitizer":
         if shutil.which(SANITIZER[0]) is None and not args.toy:
             return {"skipped": f"{SANITIZER[0]} is not on the PATH"}
         command = command if args.toy else [*SANITIZER, *command]
-    deadline = time.monotonic() + limit
     while True:
         code, errors = run_worker([*command, "--without", json.dumps(list(found))], deadline - time.monotonic(), folder / "errors")
-        found = read_log(folder / f"{stage}.jsonl") | found  # what a job left of itself does not undo that it failed
+        found = read_log(folder / f"{stage}.jsonl") | {k: v for k, v in found.items() if "failed" in v}  # which the log does not undo
         running = next((name for name, result in found.items() if result == {"state": "started"}), None)
         if code == 0:
             return found

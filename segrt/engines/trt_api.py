@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # name in TacticSource -> library that 8.6 loads for it
 _TACTIC_LIBRARIES = {"CUBLAS": "libcublas.so.12", "CUBLAS_LT": "libcublasLt.so.12", "CUDNN": "libcudnn.so.8"}
 # of these layers none may compute in 16 bits on its own account
-_FULL_PRECISION = ("NORMALIZATION", "REDUCE", "PLUGIN", "PLUGIN_V2", "UNARY", "SOFTMAX", "SCALE")
+_FULL_PRECISION = ("REDUCE", "UNARY", "SOFTMAX", "SCALE")
 
 
 def load() -> Any:
@@ -99,7 +99,7 @@ def parser_errors(parser: Any) -> str:
 
 def keep_native_norms(trt: Any, parser: Any) -> None:
     """Have InstanceNormalization parsed into TensorRT's own layer, whose precision can be set; no plugin library is needed then."""
-    if hasattr(trt, "OnnxParserFlag"):
+    if hasattr(trt, "OnnxParserFlag") and is_strongly_typed(trt):
         parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
 
 
@@ -116,12 +116,16 @@ def set_weak_precision(trt: Any, config: Any, network: Any, precision: str) -> N
     if precision == "int8":
         config.set_flag(trt.BuilderFlag.INT8)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    network.get_output(0).dtype = trt.float16
     pinned = {getattr(trt.LayerType, name) for name in _FULL_PRECISION if hasattr(trt.LayerType, name)}
     for layer in (network.get_layer(number) for number in range(network.num_layers)):
         if layer.type in pinned:
             layer.precision = trt.float32
             for output in range(layer.num_outputs):
                 layer.set_output_type(output, trt.float32)
+        elif layer.type == getattr(trt.LayerType, "NORMALIZATION", None):
+            layer.__class__ = trt.INormalizationLayer
+            layer.compute_precision = trt.float32
 
 
 def _drop_missing_libraries(trt: Any, config: Any) -> None:

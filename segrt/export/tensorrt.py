@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arrays import FloatArray, require
+from ..arrays import FloatArray
 from ..bundle import Bundle, write_atomic
 from ..engines import Precision, trt_api
 from ..errors import BuildError
 from .quantized import quantized_onnx
 from .typed import typed_onnx
+from .weak import fused_norms, group_norms, old_opset
 
 logger = logging.getLogger(__name__)
-
-# the newest operators that the parser of TensorRT 8.6 knows
-_OLD_OPSET = 17
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,13 @@ def member_model(bundle: Bundle, member: str, precision: Precision, calibration:
     if precision == "int8":
         assert calibration is not None, "int8 needs windows to be calibrated on"
         content = quantized_onnx(source, calibration if bundle.spec.dimensions == 3 else calibration[:, :, 0])
-        return typed_onnx(content, "fp16", outputs="fp16") if strong else _old_opset(content)
+        return typed_onnx(content, "fp16", outputs="fp16") if strong else old_opset(content)
     if precision == "fp32":
-        return source.read_bytes() if strong else _old_opset(source.read_bytes())
+        return source.read_bytes() if strong else group_norms(source.read_bytes())
     if not strong:
         if precision == "bf16":
             raise BuildError("this TensorRT has no bf16; use --fp16, or TensorRT 10 or later")
-        return _old_opset(source.read_bytes())
+        return fused_norms(source.read_bytes()) if bundle.spec.dimensions == 3 else group_norms(source.read_bytes())
     # bf16 logits would need a kernel of their own afterwards; float16 ones are read by all of them and halve the traffic
     return typed_onnx(source, precision, outputs="fp16" if precision == "fp16" else None)
 
@@ -145,10 +143,3 @@ def _attach_timing_cache(config: Any, path: Path | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
-
-
-def _old_opset(content: bytes) -> bytes:
-    onnx = require("onnx", extra="export")
-    model = onnx.load_model_from_string(content)
-    converted: bytes = onnx.version_converter.convert_version(model, _OLD_OPSET).SerializeToString()
-    return converted
