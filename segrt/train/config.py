@@ -29,7 +29,7 @@ class TrainConfig(Part):
     split : "kfold" (nnU-Net's five), "shuffled:0.75" or "sorted:0.8" (one fold with that share in training), or the path of a JSON file;
         "auto" is the dataset's own where it has one, else kfold, for a V-Net shuffled:0.75
     iterations, minutes : how long; with `minutes` the training ends after that time where `iterations` is not reached before, and poly and
-        cosine fall over whichever comes first
+        cosine fall over whichever comes first; only the iterations' own time counts, not that of validations and checkpoints
     memory_gb : GPU memory nnU-Net's planner plans for, instead of the preset's
     batch_size, patch, width : override the plan; width is a factor on the network's features
     window, sliding, resampling : of a V-Net, see `plan_vnet`; `patch` is the shape its images are resized to

@@ -108,8 +108,8 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
         start, kept = job.checkpoints.resume(parts)
         dice, average, best = kept.get("dice"), kept.get("average"), kept.get("best")
-        budget, earlier = 60 * config.minutes if config.minutes else math.inf, float(kept.get("seconds", 0.0))
-        if start >= config.iterations or earlier >= budget:
+        budget, spent = 60 * config.minutes if config.minutes else math.inf, float(kept.get("seconds", 0.0))
+        if start >= config.iterations or spent >= budget:
             return True
         if start:
             logger.info("%s: going on from iteration %d of %d", job.folder, start, config.iterations)
@@ -119,7 +119,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         validation = stack.enter_context(opened(job.validation, validated))
         records = stack.enter_context(Records(job.folder, job.classes, iteration=start)) if first else None
         recorder = stack.enter_context(profiler(config, start, job.folder)) if first else None
-        pace, opening = _Pace(), time.perf_counter() - earlier
+        pace = _Pace()
 
         for iteration in range(start + 1, config.iterations + 1):
             began, reading, total = time.perf_counter(), 0.0, 0.0
@@ -137,7 +137,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                     torch.autograd.backward(scaler.scale(loss / config.accumulation))
                 total += loss.item() / config.accumulation
                 names += cases
-            mean, stopping, seconds = agree(total, bool(stop), time.perf_counter() - opening, device)
+            mean, stopping, seconds = agree(total, bool(stop), spent + time.perf_counter() - began, device)
             last = iteration == config.iterations or seconds >= budget
             if not math.isfinite(mean):
                 raise InputError(_not_a_number(iteration, mean, names, config))
@@ -150,6 +150,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             schedule.step(seconds / budget)
             optimizer.zero_grad(set_to_none=True)
             cost = time.perf_counter() - began
+            spent = max(spent + cost, seconds)
 
             shown = None
             if iteration % config.log_interval == 0:
@@ -170,7 +171,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                         job.checkpoints.save_best(iteration, network, {"average": average})
             if iteration % config.save_interval == 0 or last or stopping:
                 if records:
-                    job.checkpoints.save(iteration, parts, {"dice": dice, "average": average, "best": best, "seconds": seconds})
+                    job.checkpoints.save(iteration, parts, {"dice": dice, "average": average, "best": best, "seconds": spent})
                     records.flush()
                 wait_for_all()
             if recorder:

@@ -114,6 +114,8 @@ def test_a_training_by_the_clock_ends_with_its_minutes(tmp_path: Path) -> None:
     assert steps[-1].eta_s == 0
     assert all(step.iteration < step.iterations for step in steps[:-1])
     assert _rows(tmp_path / "validation.csv")[-1]["iteration"] == str(steps[-1].iteration)
+    costs = [float(row["batch_cost"]) for row in _rows(tmp_path / "training.csv")]
+    assert sum(costs) >= 1.2 > sum(costs[:-2])  # only the iterations' own time counts; one under way is brought to its end
     assert run(tiny_job(tmp_path, config)) == []  # its time is over, also for the same command again
 
 
