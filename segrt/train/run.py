@@ -14,6 +14,7 @@ from ..bundle import Bundle, check_replaceable, sha256, write_atomic
 from ..errors import BackendError, InputError
 from ..report.tables import write_tables
 from ..spec import ModelSpec
+from .cache import Prepared
 from .cases import Dataset
 from .check import CheckReport, check_dataset
 from .config import TrainConfig
@@ -33,12 +34,18 @@ from .validate import Summary, merge
 
 @dataclass(frozen=True)
 class Work:
-    """The folder a training works in, beside the bundle: reports, plan, prepared cases, and a folder per configuration."""
+    """The folder a training works in, beside the bundle: reports, plan, prepared cases, and a folder per configuration.
+
+    Attributes
+    ----------
+    shared : where that is which trainings of the same dataset may have in common: what was read of it, and its prepared cases
+    """
 
     folder: Path
     dataset: Dataset
     config: TrainConfig
     device: torch.device
+    shared: Path
     show: Show = field(default_factory=Show)
 
     def fold(self, name: str, fold: str) -> Path:
@@ -83,8 +90,10 @@ def train_model(
     config: TrainConfig,
     *,
     work: str | Path | None = None,
+    shared: str | Path | None = None,
     plan: str | Path | None = None,
     plan_only: bool = False,
+    prepare_only: bool = False,
     candidates: Sequence[str] | None = None,
     force: bool = False,
     dataset_options: Mapping[str, Any] | None = None,
@@ -100,15 +109,17 @@ def train_model(
     source : dataset folder, see `open_dataset`
     output : the bundle to write
     work : folder for prepared cases, checkpoints and records; by default `output` with .train at its end
+    shared : folder for prepared cases and what was read of the dataset, where several trainings have that in common; by default `work`
     plan : a plan.json to train by instead of planning
     plan_only : stop when the plan is written
+    prepare_only : stop when the cases are prepared
     candidates : configurations of which the best becomes the bundle, all of the plan's when empty; without it, the config's own is trained
     force : replace a bundle at `output`
     dataset_options : further arguments of `open_dataset`
 
     Returns
     -------
-    Bundle, or None after `plan_only`, when a signal stopped the training, and in all processes but the first
+    Bundle, or None after `plan_only` or `prepare_only`, when a signal stopped the training, and in all processes but the first
 
     Raises
     ------
@@ -116,7 +127,7 @@ def train_model(
         When the dataset, the configuration, an earlier run's files or the machine do not allow it.
     """
     target = Path(output)
-    if not plan_only:
+    if not (plan_only or prepare_only):
         check_replaceable(target, force=force)
     dataset = open_dataset(source, **(dataset_options or {}))
     for fold in () if plan_only else config.folds:
@@ -124,7 +135,8 @@ def train_model(
     device = _device(config.device)
     if config.precision == "auto":
         config = config.model_copy(update={"precision": "fp16" if device.type == "cuda" else "fp32"})
-    place = Work(Path(work) if work else target.with_name(target.name + ".train"), dataset, config, device, show or Show())
+    folder = Path(work) if work else target.with_name(target.name + ".train")
+    place = Work(folder, dataset, config, device, Path(shared) if shared else folder, show or Show())
     if rank() == 0:
         write_atomic(place.folder / "config.json", config.to_json())
     _in_turn(lambda: _checked(place))
@@ -135,6 +147,11 @@ def train_model(
         return None
     trained = dict[str, Trained]()
     names = (config.configuration,) if candidates is None else tuple(candidates) or tuple(chosen.configurations)
+    if prepare_only:
+        for name in names:
+            first = _stages(chosen, place, name)[0][0]  # what a cascade's second stage is prepared with, its first has to predict
+            prepare_cases(place, choose_configuration(chosen, config, first), first)
+        return None
     for name in names:
         for stage, folds in _stages(chosen, place, name):
             if stage in trained and set(folds) <= trained[stage].folds.keys():
@@ -161,10 +178,7 @@ def train_configuration(place: Work, plan: Plan, name: str, folds: Sequence[str]
     config, dataset = place.config, place.dataset
     configuration = choose_configuration(plan, config, name)
     earlier = None if previous is None else _labels_of(place, previous)
-    place.show.stage(f"{name}: preparing {len(dataset.cases)} cases")
-    cache = place.folder / "prepared" / name
-    options: dict[str, Any] = {"dtype": config.cache, "previous": earlier, "progress": place.show.cases}
-    prepared = _in_turn(lambda: prepare(dataset, configuration, cache, workers=max(1, config.workers), **options))
+    prepared = _in_turn(lambda: prepare_cases(place, configuration, name, previous=earlier))
     own = config.model_copy(update={"configuration": name})
     made = {
         fold: Fold(fold, split_of(dataset, config, fold), configuration, prepared, own, place.fold(name, fold), place.device, place.show)
@@ -179,6 +193,14 @@ def train_configuration(place: Work, plan: Plan, name: str, folds: Sequence[str]
     return Trained(name, configuration, made, summaries)
 
 
+def prepare_cases(place: Work, configuration: Configuration, name: str, *, previous: Path | None = None) -> Prepared:
+    """Prepare the cases for one configuration; of a cascade's second stage, those of this training alone."""
+    place.show.stage(f"{name}: preparing {len(place.dataset.cases)} cases")
+    folder = (place.shared if previous is None else place.folder) / "prepared" / name
+    options: dict[str, Any] = {"dtype": place.config.cache, "previous": previous, "progress": place.show.cases}
+    return prepare(place.dataset, configuration, folder, workers=max(1, place.config.workers), **options)
+
+
 def write_bundle(place: Work, target: Path, stages: Sequence[Trained], choice: Choice, *, force: bool) -> Bundle:
     """Write the last stage as a bundle that holds the stages before it, with all reports."""
     bundle: Bundle | None = None
@@ -190,7 +212,8 @@ def write_bundle(place: Work, target: Path, stages: Sequence[Trained], choice: C
         reports["summary.json"] = trained.summary.to_json()
         if last:
             _write_tables(place, trained, choice)
-            reports |= {path.name: path.read_bytes() for path in sorted((place.folder / "reports").iterdir())}
+            own = (place.shared, place.folder)
+            reports |= {path.name: path.read_bytes() for folder in own for path in sorted((folder / "reports").iterdir())}
         path = target if last else place.folder / trained.name / "bundle"
         tensors = {name: part.tensors for name, part in weights.items()}
         bundle = Bundle.create(path, spec, weights=tensors, previous=bundle, reports=reports, force=force or not last)
@@ -209,7 +232,7 @@ def _checked(place: Work) -> CheckReport:
         place.show.stage(f"checking {len(place.dataset.cases)} cases")
         return check_dataset(place.dataset, workers=place.config.workers, progress=place.show.cases)
 
-    report = kept(place.folder, "dataset", place.dataset, check, lambda path: CheckReport.model_validate_json(path.read_bytes()))
+    report = kept(place.shared, "dataset", place.dataset, check, lambda path: CheckReport.model_validate_json(path.read_bytes()))
     report.require_ok()
     for warning in report.warnings:
         place.show.stage(f"warning: {warning}")
@@ -221,7 +244,7 @@ def _measured(place: Work) -> Fingerprint:
         place.show.stage(f"measuring {len(place.dataset.cases)} cases")
         return measure(place.dataset, workers=place.config.workers, progress=place.show.cases)
 
-    return kept(place.folder, "fingerprint", place.dataset, take, load_fingerprint)
+    return kept(place.shared, "fingerprint", place.dataset, take, load_fingerprint)
 
 
 def _planned(place: Work, fingerprint: Fingerprint, given: str | Path | None) -> Plan:
