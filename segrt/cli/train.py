@@ -65,6 +65,9 @@ def train(
     gamma: Annotated[float | None, typer.Option(help="Of step.")] = None,
     loss: Annotated[str | None, typer.Option(help="dice_ce or mixed.")] = None,
     augmentation: Annotated[str | None, typer.Option(help="nnunet, article or none.")] = None,
+    mirroring: Annotated[
+        bool | None, typer.Option("--mirroring/--no-mirroring", help="No: left and right have labels of their own.", show_default=False)
+    ] = None,
     oversampling: Annotated[float | None, typer.Option(help="Share of a batch that has to hold foreground.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp16 on a GPU and fp32 on a CPU by default.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; 0 for none.")] = None,
@@ -136,6 +139,7 @@ def train(
         "gamma": gamma,
         "loss": loss,
         "augmentation": augmentation,
+        "mirroring": mirroring,
         "oversampling": oversampling,
         "precision": precision,
         "clip": clip,

@@ -29,7 +29,7 @@ class TrainConfig(Part):
     split : "kfold" (nnU-Net's five), "shuffled:0.75" or "sorted:0.8" (one fold with that share in training), or the path of a JSON file;
         "auto" is the dataset's own where it has one, else kfold, for a V-Net shuffled:0.75
     iterations, minutes : how long; with `minutes` the training ends after that time where `iterations` is not reached before, and poly and
-        cosine fall over whichever comes first; only the iterations' own time counts, not that of validations and checkpoints
+        cosine fall over whichever comes first
     memory_gb : GPU memory nnU-Net's planner plans for, instead of the preset's
     batch_size, patch, width : override the plan; width is a factor on the network's features
     window, sliding, resampling : of a V-Net, see `plan_vnet`; `patch` is the shape its images are resized to
@@ -40,6 +40,7 @@ class TrainConfig(Part):
     schedule : per iteration, or per epoch under `schedule_by_epoch` (nnU-Net). poly falls to `end_lr` over `decay_iterations` (None: the
         whole training) by `power`; step multiplies by `gamma` every `step_iterations`; cosine falls to `end_lr`
     loss : dice_ce (nnU-Net; Dice + BCE where the model has regions) or mixed (the article's CE + Dice)
+    mirroring : whether patches and predictions are mirrored where the plan says so; not, when sides have labels of their own
     oversampling : share of a batch whose patches are made to hold foreground
     precision : of the forward pass; weights and optimizer stay float32. "auto" is nnU-Net's choice: fp16 on a GPU, fp32 on a CPU
     clip : largest norm of the gradient; 0 leaves it as it is
@@ -83,6 +84,7 @@ class TrainConfig(Part):
     gamma: float = Field(0.1, gt=0, le=1)
     loss: Literal["dice_ce", "mixed"] = "dice_ce"
     augmentation: Literal["nnunet", "article", "none"] = "nnunet"
+    mirroring: bool = True
     oversampling: Fraction = 0.33
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     clip: float = Field(12.0, ge=0)

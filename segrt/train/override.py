@@ -34,7 +34,7 @@ def _spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
     values = spec.model_dump(by_alias=True)
     if config.patch and config.model == "nnunet":
         values["inference"]["patch"] = _patch(spec, config.patch)
-    if config.augmentation == "none":
+    if config.augmentation == "none" or not config.mirroring:
         # a network that never saw a mirrored image is not averaged over them
         values["inference"]["mirror_axes"] = ()
     if config.width != 1 and isinstance(spec.network, UNetSpec):

@@ -90,6 +90,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--gamma", "0.5"], "gamma", 0.5),
     (["--loss", "mixed"], "loss", "mixed"),
     (["--augmentation", "none"], "augmentation", "none"),
+    (["--mirroring"], "mirroring", True),
+    (["--no-mirroring"], "mirroring", False),
     (["--oversampling", "0.5"], "oversampling", 0.5),
     (["--precision", "bf16"], "precision", "bf16"),
     (["--clip", "0"], "clip", 0),
