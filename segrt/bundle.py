@@ -17,7 +17,7 @@ import numpy as np
 
 from .arrays import require
 from .errors import InputError, SpecError
-from .spec import ModelSpec, load_spec
+from .spec import ModelSpec, Partner, load_spec
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Bundle:
         Raises
         ------
         SpecError
-            When there is no model.json, when it is wrong, or when a member has neither ONNX nor weights.
+            When there is no model.json, when it is wrong, when a member has neither ONNX nor weights, or when the partner of a pair is not
+            the one it was made with.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -53,6 +54,7 @@ class Bundle:
                 raise SpecError(
                     f"{folder}: member {member!r} has neither onnx/{member}.onnx nor weights/{member}.safetensors; copy the bundle again"
                 )
+        bundle._check_partner()
         return bundle
 
     @classmethod
@@ -63,6 +65,7 @@ class Bundle:
         *,
         weights: Mapping[str, Mapping[str, Any]] | None = None,
         previous: Bundle | None = None,
+        partner: Bundle | None = None,
         reports: Mapping[str, str | bytes] | None = None,
         force: bool = False,
     ) -> Bundle:
@@ -72,6 +75,7 @@ class Bundle:
         ----------
         weights : member -> tensor name -> array (NumPy or torch), written as safetensors
         previous : bundle of the stage before, copied into previous/
+        partner : the other model of a pair, copied into partner/ and named in the spec
         reports : file name -> text or bytes, written into reports/
         force : replace an existing bundle
 
@@ -79,15 +83,22 @@ class Bundle:
         ------
         InputError
             When `path` exists and `force` is not set, or exists and is no bundle.
+        SpecError
+            When the partner is no model of the same channels and labels.
         """
         target = Path(path)
         check_replaceable(target, force=force)
+        if partner is not None:
+            spec = spec.model_copy(update={"partner": partner.identity})
+            _check_pair(target, spec, partner.spec)
         with staged_folder(target) as folder:
             (folder / "model.json").write_text(spec.to_json(), encoding="utf-8")
             for member, tensors in (weights or {}).items():
                 _save_safetensors(folder / "weights" / f"{member}.safetensors", tensors)
             if previous is not None:
                 shutil.copytree(previous.path, folder / "previous")
+            if partner is not None:
+                shutil.copytree(partner.path, folder / "partner")
             for name, content in (reports or {}).items():
                 file = folder / "reports" / name
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,14 +123,43 @@ class Bundle:
         return Bundle.open(self.path / "previous") if (self.path / "previous" / "model.json").is_file() else None
 
     @cached_property
+    def partner(self) -> Bundle | None:
+        """The other model of a pair, or None."""
+        return None if self.spec.partner is None else Bundle.open(self.path / "partner")
+
+    @property
+    def identity(self) -> Partner:
+        """What a pair knows this bundle by; building engines for it changes nothing of that."""
+        files = [self.weights_path(member) for member in self.spec.members]
+        weights = tuple(sha256(file) if file.is_file() else "" for file in files)
+        return Partner(spec_sha256=sha256(self.path / "model.json"), weights_sha256=weights)
+
+    def _check_partner(self) -> None:
+        """Raise a SpecError unless the partner is the one this pair was made with."""
+        named = self.spec.partner
+        if named is None or self.partner is None:
+            return
+        _check_pair(self.path, self.spec, self.partner.spec)
+        found = self.partner.identity
+        expected = dict(zip(self.partner.spec.members, named.weights_sha256, strict=False))
+        changed = [f"weights/{m}.safetensors" for m, w in zip(expected, found.weights_sha256, strict=False) if w and w != expected[m]]
+        if found.spec_sha256 != named.spec_sha256:
+            changed.insert(0, "model.json")
+        if changed:
+            raise SpecError(
+                f"{self.path / 'partner'}: {', '.join(changed)} is not what this pair was made with; copy the whole bundle again"
+            )
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over model.json and every member's ONNX (else weights): what predictions.json records."""
         digest = hashlib.sha256((self.path / "model.json").read_bytes())
         for member in self.spec.members:
             file = self.onnx_path(member)
             digest.update(sha256(file if file.is_file() else self.weights_path(member)).encode())
-        if self.previous is not None:
-            digest.update(self.previous.fingerprint.encode())
+        for other in (self.previous, self.partner):
+            if other is not None:
+                digest.update(other.fingerprint.encode())
         return digest.hexdigest()
 
     def update_spec(self, spec: ModelSpec) -> Bundle:
@@ -130,6 +170,16 @@ class Bundle:
     def write_report(self, name: str, values: Mapping[str, Any]) -> Path:
         """Write reports/`name` as JSON."""
         return write_atomic(self.path / "reports" / name, json.dumps(values, indent=1) + "\n")
+
+
+def _check_pair(path: Path, spec: ModelSpec, partner: ModelSpec) -> None:
+    """Raise a SpecError unless two models can be averaged: the same channels in, the same labels out."""
+    names = [tuple(channel.name for channel in model.channels) for model in (spec, partner)]
+    if partner.partner is not None:
+        raise SpecError(f"{path}: the partner of a pair is a single model, not a pair itself")
+    for what, mine, other in (("channels", *names), ("head", spec.head, partner.head), ("labels", spec.labels, partner.labels)):
+        if mine != other:
+            raise SpecError(f"{path}: a pair needs two models of the same {what}, got {mine!r} and {other!r}")
 
 
 def sha256(path: Path) -> str:

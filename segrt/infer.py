@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain, combinations, groupby
 from typing import Literal
 
@@ -15,20 +15,11 @@ from .engines import Engine
 from .errors import BackendError
 from .kernels.blend import constant_windows, gather_windows
 from .spec import ModelSpec
-from .windows import Aggregator, HalfAggregator, Slab, WindowPlan, plan_slabs, plan_windows
+from .windows import Aggregator, HalfAggregator, Planes, Slab, WindowPlan, plan_slabs, plan_windows
 
 logger = logging.getLogger(__name__)
 
 Accumulate = Literal["float32", "float16"]
-
-
-@dataclass(frozen=True)
-class Planes:
-    """Logits (K, n, Y, X) of the working planes `first`, `first` + 1, ...; those before `ready` are final."""
-
-    logits: Array
-    first: int
-    ready: int
 
 
 class Inferred:
@@ -92,6 +83,19 @@ def infer(
     else:
         planes = _run(loop, engines, spec, data, plan_slabs(plan, starts_per_slab))
     return Inferred(planes, loop)
+
+
+def share_progress(progress: ProgressFn | None, totals: Sequence[int]) -> list[ProgressFn | None]:
+    """Make a function for each of several loops of `totals` windows that run in turns; `progress` is told the sums."""
+    if progress is None:
+        return [None] * len(totals)
+    told = [0] * len(totals)
+
+    def tell(number: int, done: int, _: int) -> None:
+        told[number] = done
+        progress(sum(told), sum(totals))
+
+    return [partial(tell, number) for number in range(len(totals))]
 
 
 def _run(loop: _Loop, engines: Sequence[Engine], spec: ModelSpec, data: FloatArray, slabs: Sequence[Slab]) -> Iterator[Planes]:

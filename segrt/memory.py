@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from .arrays import Shape3
 from .errors import BackendError
 from .preprocess import working_grid
-from .restore import can_restore_by_slab
+from .restore import can_restore_by_slab, mean_planes
 from .spec import ModelSpec, UNetSpec, VNetSpec, ZScoreNorm
 from .volume import Grid, Placement
 from .windows import count_starts
@@ -21,6 +22,7 @@ from .windows import count_starts
 _SLACK = 128 * 2**20  # compiled kernels, thread stacks, the allocator's own rounding
 HOST_LOGITS = 512 * 2**20  # on the CPU logits that take more are made slab by slab
 _DEVICE_SHARE = 0.92  # of a GPU's free memory: the allocator cannot use all of it
+_OF_EACH = ("working array", "logits")  # what a pair holds of both its models at once
 
 
 def resident_bytes() -> int:
@@ -98,11 +100,11 @@ class DevicePlan:
     Attributes
     ----------
     stages : stage -> (what, bytes) of all that is held at its worst moment
-    starts_per_slab : see `starts_per_slab`
+    starts : see `starts_per_slab`, for each model
     """
 
     stages: dict[str, tuple[tuple[str, int], ...]]
-    starts_per_slab: int | None
+    starts: tuple[int | None, ...]
 
     @property
     def peak(self) -> int:
@@ -110,29 +112,35 @@ class DevicePlan:
         return max(sum(size for _, size in held) for held in self.stages.values())
 
 
-def plan_device(
-    spec: ModelSpec,
-    grid: Grid,
-    itemsize: int,
-    *,
-    free: int,
-    batch: int = 1,
-    engine: int = 0,
-    step: float | None = None,
-    flips: int = 1,
-    probabilities: bool = False,
-) -> DevicePlan:
+@dataclass(frozen=True)
+class Load:
+    """What one model asks of a GPU.
+
+    Attributes
+    ----------
+    batch : windows in one call of an engine
+    engine : bytes the engines still need while they run
+    step : overrides the spec's window step
+    flips : mirrored passes
+    """
+
+    spec: ModelSpec
+    batch: int = 1
+    engine: int = 0
+    step: float | None = None
+    flips: int = 1
+
+
+def plan_device(loads: Sequence[Load], grid: Grid, itemsize: int, *, free: int, probabilities: bool = False) -> DevicePlan:
     """Decide whether a case's logits fit a GPU whole or slab by slab, before anything is allocated.
 
     Parameters
     ----------
+    loads : of one model, or of both of a pair
     grid : of the image; the crop is not known yet, so this is an upper bound
     itemsize : bytes a voxel of the image takes
     free : bytes the GPU has left
-    batch : windows in one call of the engine
-    engine : bytes the engines still need while they run
-    flips : mirrored passes
-    probabilities : they are asked for: logits are whole then
+    probabilities : they are asked for: a single model's logits are whole then
 
     Raises
     ------
@@ -140,14 +148,9 @@ def plan_device(
         When not even slabs fit.
     """
     budget = int(free * _DEVICE_SHARE)
-    whole = _device_plan(spec, grid, itemsize, None, batch, engine, step, probabilities)
-    if whole.peak <= budget:
-        return whole
-    plan = whole
-    if not probabilities and can_restore_by_slab(_whole_placement(spec, grid), spec):
-        working = _working_shape(spec, grid)
-        starts = starts_per_slab(spec, working, 0, batch=max(1, batch // flips), step=step)
-        plan = _device_plan(spec, grid, itemsize, starts, batch, engine, step, probabilities)
+    plan = _device_plan(loads, grid, itemsize, [None] * len(loads), probabilities)
+    if plan.peak > budget and (len(loads) > 1 or not probabilities):
+        plan = _device_plan(loads, grid, itemsize, [_least_starts(load, grid, loads[0].spec) for load in loads], probabilities)
     if plan.peak > budget:
         stage = max(plan.stages, key=lambda name: sum(size for _, size in plan.stages[name]))
         parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in plan.stages[stage] if size)
@@ -158,9 +161,43 @@ def plan_device(
     return plan
 
 
-def _device_plan(
-    spec: ModelSpec, grid: Grid, itemsize: int, starts: int | None, batch: int, engine: int, step: float | None, probabilities: bool
-) -> DevicePlan:
+def _least_starts(load: Load, grid: Grid, first: ModelSpec) -> int | None:
+    """Starts of the thinnest slabs, where the model can go by slab, and along the axis of the pair's first."""
+    spec = load.spec
+    if spec.transpose[0] != first.transpose[0] or not can_restore_by_slab(_whole_placement(spec, grid), spec):
+        return None
+    return starts_per_slab(spec, _working_shape(spec, grid), 0, batch=max(1, load.batch // load.flips), step=load.step)
+
+
+def _device_plan(loads: Sequence[Load], grid: Grid, itemsize: int, starts: Sequence[int | None], probabilities: bool) -> DevicePlan:
+    pair = len(loads) > 1
+    each = [_device_stages(load, grid, itemsize, n, probabilities and not pair) for load, n in zip(loads, starts, strict=True)]
+    if not pair:
+        return DevicePlan(each[0], tuple(starts))
+    stages = {}
+    for stage in each[0]:
+        held = [dict(stages[stage]) for stages in each]
+        # one network runs at a time, beside what the other one has made so far
+        stages[stage] = tuple((what, (sum if what in _OF_EACH else max)(sizes[what] for sizes in held)) for what in held[0])
+    mean = _mean_bytes(loads[0].spec, grid) + sum(_spread_bytes(load.spec, grid) for load in loads)
+    stages["network"] += (("mean", mean),)
+    return DevicePlan(stages, tuple(starts))
+
+
+def _mean_bytes(spec: ModelSpec, grid: Grid) -> int:
+    """Of the slab of mean probabilities a pair is decided by."""
+    return 4 * spec.classes * mean_planes(spec, grid.shape) * (prod(grid.shape) // grid.shape[spec.transpose[0]])
+
+
+def _spread_bytes(spec: ModelSpec, grid: Grid) -> int:
+    """Of a pair's logits on the image's grid, where no kernel resamples them in passing."""
+    return 0 if can_restore_by_slab(_whole_placement(spec, grid), spec) else 4 * spec.classes * prod(grid.shape)
+
+
+def _device_stages(
+    load: Load, grid: Grid, itemsize: int, starts: int | None, probabilities: bool
+) -> dict[str, tuple[tuple[str, int], ...]]:
+    spec = load.spec
     working, voxels, patch = _working_shape(spec, grid), prod(grid.shape), prod(spec.inference.patch)
     masked = spec.previous is not None or any(isinstance(c.normalization, ZScoreNorm) and c.normalization.masked for c in spec.channels)
     image = ("image", len(spec.channels) * voxels * itemsize)
@@ -169,18 +206,15 @@ def _device_plan(
     turned = [grid.shape[axis] for axis in spec.transpose]
     # two passes of a separable resampling are held at once
     between = ("resampling", 8 * prod(max(n, m) for n, m in zip(turned, working, strict=True)))
-    windows = ("windows", 4 * batch * patch * (spec.in_channels + 2 * spec.classes))
-    logits = ("logits", logits_bytes(spec, working, starts, step=step))
+    windows = ("windows", 4 * load.batch * patch * (spec.in_channels + 2 * spec.classes))
+    logits = ("logits", logits_bytes(spec, working, starts, step=load.step))
     scores = ("probabilities", 4 * spec.classes * voxels if probabilities else 0)
     components = ("components", 10 * voxels if spec.postprocess else 0)
-    return DevicePlan(
-        {
-            "preprocess": (image, data, between, ("mask", (9 if masked else 0) * voxels)),
-            "network": (data, windows, logits, labels, scores, ("engine", engine)),
-            "postprocess": (labels, ("result", labels[1]), components),
-        },
-        starts,
-    )
+    return {
+        "preprocess": (image, data, between, ("mask", (9 if masked else 0) * voxels)),
+        "network": (data, windows, logits, labels, scores, ("engine", load.engine)),
+        "postprocess": (labels, ("result", labels[1]), components),
+    }
 
 
 def _working_shape(spec: ModelSpec, grid: Grid) -> Shape3:
@@ -198,7 +232,14 @@ def _whole_placement(spec: ModelSpec, grid: Grid) -> Placement:
 
 
 def case_bytes(
-    spec: ModelSpec, grid: Grid, itemsize: int, *, half: bool = False, probabilities: bool = False, step: float | None = None
+    spec: ModelSpec,
+    grid: Grid,
+    itemsize: int,
+    *,
+    half: bool = False,
+    probabilities: bool = False,
+    step: float | None = None,
+    partner: ModelSpec | None = None,
 ) -> int:
     """Upper bound of the arrays one case needs at its worst moment, without the engine.
 
@@ -209,32 +250,47 @@ def case_bytes(
     half : accumulation in float16
     probabilities : they are asked for
     step : overrides the spec's window step
+    partner : the other model of a pair
     """
-    placement = _whole_placement(spec, grid)
-    turned, working = placement.cropped_shape, placement.shape
-    padded = prod(_padded(spec, working))
-    voxels, channels = prod(grid.shape), len(spec.channels)
-    image = voxels * channels * itemsize
-    data = 4 * spec.in_channels * prod(working)
-    # float16 sums keep a count and the weights beside them, and the last division widens one channel at a time; of folds two are held
-    sums = (4 if len(spec.members) > 1 else 2) if half else 4
-    logits = spec.classes * padded * sums + (8 * padded if half else 0)
-    if not half and not probabilities and can_restore_by_slab(placement, spec):
-        # a smaller crop of the image may be held whole up to the budget
-        starts = starts_per_slab(spec, working, HOST_LOGITS, step=step)
-        logits = min(logits, max(HOST_LOGITS, logits_bytes(spec, working, starts, step=step)))
+    models = (spec,) if partner is None else (spec, partner)
+    voxels = prod(grid.shape)
+    image = voxels * len(spec.channels) * itemsize
+    data = sum(4 * model.in_channels * prod(_working_shape(model, grid)) for model in models)
+    whole = half or (probabilities and partner is None)
+    logits = sum(_host_logits(model, grid, half=half, whole=whole, budget=HOST_LOGITS // len(models), step=step) for model in models)
+    mean = _mean_bytes(spec, grid) + sum(_spread_bytes(model, grid) for model in models) if partner else 0
     label = np.dtype(spec.label_dtype).itemsize * voxels
+    previous = label if any(model.previous for model in models) else 0
     reading = 2 * image
-    resampling = image + data + 4 * max(turned[0], working[0]) * max(turned[1], working[1]) * working[2] + (voxels if spec.previous else 0)
+    resampling = image + data + max(_between(model, grid) for model in models) + (voxels if previous else 0)
     running = image + data + logits
     scores = 4 * spec.classes * voxels if probabilities else 0
     # what resizes a class at a time holds its result, a pass on the way there, the best so far and rounded copies
-    by_class = (spec.resample_logits.order, spec.resample_logits.order_z) != (1, 0)
-    restoring = image + data + logits + label + scores + (16 if by_class else 8 if probabilities else 0) * voxels
+    by_class = any((model.resample_logits.order, model.resample_logits.order_z) != (1, 0) for model in models)
+    restoring = image + data + logits + label + scores + mean + (16 if by_class else 8 if probabilities and not partner else 0) * voxels
     writing = label + 2 * scores  # and their compressed copy, which noise hardly shrinks
     cleaning = image + label * 2 + (6 * voxels if spec.postprocess else 0)
-    previous = label if spec.previous else 0
     return previous + max(reading, resampling, running, restoring, cleaning, writing)
+
+
+def _host_logits(spec: ModelSpec, grid: Grid, *, half: bool, whole: bool, budget: int, step: float | None) -> int:
+    """Bytes of the blended logits on the CPU; up to `budget` they are held whole."""
+    working = _working_shape(spec, grid)
+    padded = prod(_padded(spec, working))
+    # float16 sums keep a count and the weights beside them, and the last division widens one channel at a time; of folds two are held
+    sums = (4 if len(spec.members) > 1 else 2) if half else 4
+    logits = spec.classes * padded * sums + (8 * padded if half else 0)
+    if whole or not can_restore_by_slab(_whole_placement(spec, grid), spec):
+        return logits
+    starts = starts_per_slab(spec, working, budget, step=step)
+    # a smaller crop of the image may be held whole up to the budget
+    return min(logits, max(budget, logits_bytes(spec, working, starts, step=step)))
+
+
+def _between(spec: ModelSpec, grid: Grid) -> int:
+    """Bytes between the two passes that resample an image."""
+    turned, working = [grid.shape[axis] for axis in spec.transpose], _working_shape(spec, grid)
+    return 4 * max(turned[0], working[0]) * max(turned[1], working[1]) * working[2]
 
 
 def engine_bytes(spec: ModelSpec, members: int) -> int:
@@ -272,6 +328,8 @@ def estimate(
     half: bool = False,
     probabilities: bool = False,
     step: float | None = None,
+    partner: ModelSpec | None = None,
 ) -> int:
     """Peak of the whole process in bytes: `base` (held before engines opened), the engines, the case, and slack."""
-    return int(base + engines + 1.1 * case_bytes(spec, grid, itemsize, half=half, probabilities=probabilities, step=step) + _SLACK)
+    case = case_bytes(spec, grid, itemsize, half=half, probabilities=probabilities, step=step, partner=partner)
+    return int(base + engines + 1.1 * case + _SLACK)

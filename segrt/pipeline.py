@@ -171,7 +171,7 @@ def _check(predictor: Predictor, format: str | None, previous: str | Path | None
     """Refuse what would fail for every case."""
     if format is not None and image_suffix(Path(output_name("case", Path(), format))) not in WRITABLE:
         raise InputError(f"format: expected one of {', '.join(WRITABLE)}, got {format!r}")
-    if previous is not None and predictor.spec.previous is None:
+    if previous is not None and not predictor.takes_previous:
         raise InputError(f"model {predictor.spec.name!r} is not the second stage of a cascade; leave out the labels in {previous}")
 
 
@@ -254,7 +254,7 @@ def _provenance(predictor: Predictor) -> dict[str, Any]:
     """What labels depend on besides the image, as JSON gives it back."""
     settings = {
         "members": predictor.members,
-        "engines": [engine.name for engine in predictor.engines],
+        "engines": [engine.name for engine in predictor.all_engines],
         "step": predictor.step or predictor.spec.inference.step,
         "accumulate": predictor.accumulate,
         "postprocess": [step.model_dump() for step in predictor.steps],

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
 from .arrays import Array, FloatArray, ProgressFn, cpu_threads
+from .assemble import Flow, assemble
 from .bundle import Bundle
-from .device import compute_on, free_bytes, get_xp, open_stream, to_device, to_host, wait_for
-from .engines import Backend, Engine, Precision, open_engine, resolve_device
-from .engines.compose import Mirrored, Spread
+from .clock import Clock
+from .device import compute_on, free_bytes, open_stream, to_device, to_host
+from .engines import Backend, Engine, Precision
+from .engines.compose import Mirrored
 from .errors import BackendError, InputError
-from .infer import Accumulate, Inferred, Planes, infer
+from .infer import Accumulate, Inferred, infer, share_progress
 from .io import read_labels, read_volume
 from .io.read import Source
-from .memory import HOST_LOGITS, DevicePlan, engine_bytes, plan_device, starts_per_slab
+from .memory import HOST_LOGITS, DevicePlan, Load, engine_bytes, plan_device, starts_per_slab
+from .opening import choose_members, name_devices, open_engines
 from .postprocess import postprocess
 from .preprocess import preprocess
-from .restore import can_restore_by_slab, restore, restore_probabilities, restore_slab
+from .restore import can_restore_by_slab
 from .spec import ModelSpec
 from .volume import Grid, Placement, Segmentation, Volume
+from .windows import plan_windows
 
-logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 Previous: TypeAlias = str | Path | Array
+_Worked: TypeAlias = tuple[FloatArray, Placement]
 
 
 class Predictor:
     """Segment images with one bundle; engines are opened once and stay.
+
+    Of a bundle that is a pair both models see the image, and their probabilities are averaged.
 
     Parameters
     ----------
@@ -52,7 +53,7 @@ class Predictor:
     accumulate : "float32", or "float16" to repeat nnU-Net's rounding bit by bit
     threads : CPU threads, 0 for all
     previous_stage : open the bundle of a cascade's first stage too; without it every call needs `previous`
-    engines : engines to use instead of the bundle's own (one per fold)
+    engines : engines to use instead of the bundle's own (one per fold, then those of a pair's partner)
 
     Raises
     ------
@@ -93,11 +94,14 @@ class Predictor:
             raise InputError(f"threads: expected 0 (all) or more, got {threads}")
         self.bundle = model if isinstance(model, Bundle) else Bundle.open(model)
         self.spec: ModelSpec = self.bundle.spec
-        self.members = _choose(self.bundle, folds)
+        self.members = choose_members(self.bundle, folds)
         self.step, self.accumulate, self.threads = step, accumulate, threads
         self.steps = self.spec.postprocess if postprocess else ()
-        devices = _devices(device, accumulate)
-        opened = list(engines or _open_engines(self.bundle, self.members, devices, device == "auto", backend, precision, threads))
+        automatic = device == "auto"
+        devices = ("cpu",) if automatic and accumulate == "float16" else name_devices(device)
+        given = None if engines is None else list(engines)
+        alone = len(self.members) if self.bundle.partner else None
+        opened = given[:alone] if given else open_engines(self.bundle, self.members, devices, automatic, backend, precision, threads)
         self.device = opened[0].device
         if accumulate == "float16" and self.device != "cpu":
             raise InputError(f"accumulate: float16 repeats the rounding of nnU-Net on a CPU; use float32 on {self.device}, or device cpu")
@@ -106,20 +110,24 @@ class Predictor:
         self.mirror_axes = axes if self.device != "cpu" else ()
         self.engines: list[Engine] = [Mirrored(e, axes) if axes and self.device == "cpu" else e for e in opened]
         self._stream = open_stream(self.device)
+        how: dict[str, Any] = {
+            "backend": backend,
+            "precision": precision,
+            "device": self.device if automatic else device,
+            "step": step,
+            "tta": tta,
+            "accumulate": accumulate,
+            "threads": threads,
+        }
         self.previous: Predictor | None = None
         if self.spec.previous and previous_stage and self.bundle.previous:
             # the second stage was trained on the first one's raw labels: no post-processing in between
-            self.previous = Predictor(
-                self.bundle.previous,
-                backend=backend,
-                precision=precision,
-                device=self.device if device == "auto" else device,
-                step=step,
-                tta=tta,
-                postprocess=False,
-                accumulate=accumulate,
-                threads=threads,
-            )
+            self.previous = Predictor(self.bundle.previous, postprocess=False, **how)
+        self.partner: Predictor | None = None
+        if self.bundle.partner:
+            rest = given[len(self.members) :] if given else None
+            how |= {"folds": folds, "previous_stage": previous_stage, "engines": rest}
+            self.partner = Predictor(self.bundle.partner, postprocess=False, **how)
 
     def __call__(
         self, image: Source, *, previous: Previous | None = None, probabilities: bool = False, progress: ProgressFn | None = None
@@ -144,56 +152,75 @@ class Predictor:
         InputError
             When the image cannot be read or does not fit the model.
         """
-        clock = _Clock(self._stream)
+        clock = Clock(self._stream)
+        models = self._models
         with cpu_threads(self.threads), compute_on(self.device, self._stream):
             with clock("read"):
                 volume = read_volume(image, [channel.name for channel in self.spec.channels])
             with clock("previous"):
-                stage = self._first_stage(volume, previous)
+                stages = self._first_stages(volume, previous)
             with clock("preprocess"):
-                data, placement = preprocess(self._uploaded(volume), self.spec, previous=stage)
-            inferred = self._infer(data, volume, placement, probabilities, progress)
+                image_there = self._uploaded(volume)
+                worked = [preprocess(image_there, model.spec, previous=stage) for model, stage in zip(models, stages, strict=True)]
+                del image_there
+            inferred = self._infer(worked, volume, probabilities, progress)
             with clock("restore"):
-                labels, scores = restore_planes(clock.each("network", inferred), placement, self.spec, probabilities=probabilities)
+                flows = [
+                    Flow(clock.each("network", logits), placement, model.spec)
+                    for model, logits, (_, placement) in zip(models, inferred, worked, strict=True)
+                ]
+                labels, scores = assemble(flows, probabilities=probabilities)
             with clock("postprocess"):
                 labels = to_host(postprocess(labels, self.steps, voxel_mm3=volume.grid.voxel_mm3))
-        windows = inferred.windows, inferred.shared
+        windows = sum(part.windows for part in inferred), sum(part.shared for part in inferred)
         return Segmentation(labels, volume.grid, self.spec.names, volume.name, scores, clock.seconds, windows)
+
+    @property
+    def takes_previous(self) -> bool:
+        """Whether a call may be given labels of a cascade's first stage."""
+        return any(model.spec.previous is not None for model in self._models)
+
+    @property
+    def all_engines(self) -> list[Engine]:
+        """Its own, then those of a pair's partner."""
+        return [engine for model in self._models for engine in model.engines]
 
     @property
     def engine_bytes(self) -> int:
         """Memory the engines hold and need while they run, as measured when they were built; 0 when one was not."""
-        held = [engine.held_bytes for engine in self.engines]
+        held = [engine.held_bytes for engine in self.all_engines]
         return sum(held) if all(held) else 0
 
     def device_plan(self, grid: Grid, itemsize: int, free: int, *, probabilities: bool = False) -> DevicePlan:
         """What an image of `grid`, with `itemsize` bytes a voxel, allocates on a GPU with `free` bytes; see `segrt.memory.plan_device`."""
-        return plan_device(
-            self.spec,
-            grid,
-            itemsize,
-            free=free,
-            batch=max(engine.batch for engine in self.engines),
-            # one runs at a time; what nobody measured is estimated for 16-bit activations
-            engine=max(engine.held_bytes or engine.batch * engine_bytes(self.spec, 1) // 2 for engine in self.engines),
-            step=self.step,
-            flips=2 ** len(self.mirror_axes),
-            probabilities=probabilities,
-        )
+        return plan_device([model._load for model in self._models], grid, itemsize, free=free, probabilities=probabilities)
 
     def close(self) -> None:
         """Release the engines."""
         for engine in self.engines:
             engine.close()
         self.engines = []
-        if self.previous is not None:
-            self.previous.close()
+        for other in (self.previous, self.partner):
+            if other is not None:
+                other.close()
 
     def __enter__(self) -> Predictor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def _models(self) -> tuple[Predictor, ...]:
+        """This one, and the partner of a pair."""
+        return (self,) if self.partner is None else (self, self.partner)
+
+    @property
+    def _load(self) -> Load:
+        batch = max(engine.batch for engine in self.engines)
+        # one runs at a time; what nobody measured is estimated for 16-bit activations
+        held = max(engine.held_bytes or engine.batch * engine_bytes(self.spec, 1) // 2 for engine in self.engines)
+        return Load(self.spec, batch, held, self.step, 2 ** len(self.mirror_axes))
 
     def _uploaded(self, volume: Volume) -> Volume:
         """The volume where the engines work, once it is known to fit there."""
@@ -203,127 +230,61 @@ class Predictor:
             self.device_plan(volume.grid, volume.data.itemsize, free_bytes(self.device))
         return replace(volume, data=to_device(volume.data, self.device))
 
-    def _infer(self, data: FloatArray, volume: Volume, placement: Placement, probabilities: bool, progress: ProgressFn | None) -> Inferred:
-        starts = None
+    def _infer(self, worked: Sequence[_Worked], volume: Volume, probabilities: bool, progress: ProgressFn | None) -> list[Inferred]:
+        """Each model's window loop, which runs when its logits are asked for."""
+        models, starts = self._models, self._starts(worked, volume, probabilities)
+        totals = [
+            len(plan_windows(placement.shape, model.spec.inference, step=self.step)) * len(model.engines)
+            for model, (_, placement) in zip(models, worked, strict=True)
+        ]
+        return [
+            infer(
+                data,
+                model.engines,
+                model.spec,
+                step=self.step,
+                accumulate=self.accumulate,
+                mirror_axes=model.mirror_axes,
+                starts_per_slab=count,
+                progress=tell,
+            )
+            for model, (data, _), count, tell in zip(models, worked, starts, share_progress(progress, totals), strict=True)
+        ]
+
+    def _starts(self, worked: Sequence[_Worked], volume: Volume, probabilities: bool) -> Sequence[int | None]:
+        """How much of its logits each model holds at a time; see `starts_per_slab`."""
+        models = self._models
         if self._stream is not None:
-            free = free_bytes(self.device) + data.nbytes
-            starts = self.device_plan(volume.grid, volume.data.itemsize, free, probabilities=probabilities).starts_per_slab
-        elif self.accumulate == "float32" and not probabilities and can_restore_by_slab(placement, self.spec):
-            starts = starts_per_slab(self.spec, placement.shape, HOST_LOGITS, batch=self.engines[0].batch, step=self.step)
-        return infer(
-            data,
-            self.engines,
-            self.spec,
-            step=self.step,
-            accumulate=self.accumulate,
-            mirror_axes=self.mirror_axes,
-            starts_per_slab=starts,
-            progress=progress,
-        )
+            free = free_bytes(self.device) + sum(data.nbytes for data, _ in worked)
+            return self.device_plan(volume.grid, volume.data.itemsize, free, probabilities=probabilities).starts
+        if self.accumulate == "float16" or (probabilities and len(models) == 1):
+            return [None] * len(models)
+        return [
+            starts_per_slab(model.spec, placement.shape, HOST_LOGITS // len(models), batch=model.engines[0].batch, step=self.step)
+            if can_restore_by_slab(placement, model.spec) and model.spec.transpose[0] == self.spec.transpose[0]
+            else None
+            for model, (_, placement) in zip(models, worked, strict=True)
+        ]
 
-    def _first_stage(self, volume: Volume, previous: Previous | None) -> Array | None:
-        """Labels of a cascade's first stage on the image's grid: given, or predicted here; None for other models."""
-        if self.spec.previous is None:
-            if previous is not None:
-                raise InputError(f"{volume.name}: model {self.spec.name!r} is not the second stage of a cascade; pass no labels to it")
-            return None
-        if previous is None:
-            if self.previous is None:
-                raise InputError(f"{volume.name}: the bundle holds no first stage; pass its labels (--previous DIR)")
-            return self.previous(volume).labels
-        if isinstance(previous, str | Path):
-            labels, grid = read_labels(previous)
-            if difference := volume.grid.mismatch(grid):
-                raise InputError(f"{previous}: labels of the previous stage are not on the grid of {volume.name}: {difference}")
-            return labels
+    def _first_stages(self, volume: Volume, previous: Previous | None) -> list[Array | None]:
+        """Labels of a cascade's first stage on the image's grid: given, or predicted here; None for models that need none."""
+        if previous is not None and not self.takes_previous:
+            raise InputError(f"{volume.name}: model {self.spec.name!r} is not the second stage of a cascade; pass no labels to it")
+        given = None if previous is None else _labels_of(previous, volume)
+        return [None if model.spec.previous is None else model._first_labels(volume, given) for model in self._models]
+
+    def _first_labels(self, volume: Volume, given: Array | None) -> Array:
+        if given is not None:
+            return given
+        if self.previous is None:
+            raise InputError(f"{volume.name}: the bundle holds no first stage; pass its labels (--previous DIR)")
+        return self.previous(volume).labels
+
+
+def _labels_of(previous: Previous, volume: Volume) -> Array:
+    if not isinstance(previous, str | Path):
         return np.asarray(previous)
-
-
-class _Clock:
-    """Wall seconds per named stage; time inside another stage counts for the inner one alone."""
-
-    def __init__(self, stream: Any) -> None:
-        self.seconds: dict[str, float] = {}
-        self._stream, self._inner = stream, 0.0
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start, self._inner = time.perf_counter(), 0.0
-        yield
-        wait_for(self._stream)
-        self.seconds[stage] = time.perf_counter() - start - self._inner
-
-    def each(self, stage: str, items: Iterable[_T]) -> Iterator[_T]:
-        """Yield the items, and count what making them takes as `stage`."""
-        self.seconds[stage] = 0.0
-        iterator = iter(items)
-        while True:
-            start = time.perf_counter()
-            item = next(iterator, None)
-            wait_for(self._stream)
-            self._inner += time.perf_counter() - start
-            self.seconds[stage] = self._inner
-            if item is None:
-                return
-            yield item
-            wait_for(self._stream)  # what was done with it is the outer stage's
-
-
-def restore_planes(
-    planes: Iterable[Planes], placement: Placement, spec: ModelSpec, *, probabilities: bool
-) -> tuple[Array, FloatArray | None]:
-    """Labels on the image's grid from logits as they become final, and probabilities (on the host) when the logits are whole."""
-    labels, scores, done = None, None, 0
-    for part in planes:
-        if part.logits.shape[1] == placement.shape[0]:
-            scores = to_host(restore_probabilities(part.logits, placement, spec)) if probabilities else None
-            labels = restore(part.logits, placement, spec)
-            continue
-        if labels is None:
-            labels = get_xp(part.logits).zeros(placement.grid.shape, spec.label_dtype)
-        done = restore_slab(part.logits, placement, spec, labels, first=part.first, ready=part.ready, done=done)
-    assert labels is not None, "there is at least one window"
-    return labels, scores
-
-
-def _devices(device: str, accumulate: Accumulate) -> tuple[str, ...]:
-    """The devices that a name or a comma list of names means; rounding as on a CPU is a reason for "auto" to take it."""
-    if device == "auto" and accumulate == "float16":
-        return ("cpu",)
-    names = tuple(dict.fromkeys(resolve_device(name.strip()) for name in device.split(",")))
-    if len(names) > 1 and not all(name.startswith("cuda:") for name in names):
-        raise InputError(f"device: several can only be GPUs, such as cuda:0,cuda:1, got {device!r}")
-    return names
-
-
-def _open_engines(
-    bundle: Bundle,
-    members: Sequence[str],
-    devices: Sequence[str],
-    automatic: bool,
-    backend: Backend,
-    precision: Precision | None,
-    threads: int,
-) -> list[Engine]:
-    """One engine per member; over several devices when there are several."""
-    how: dict[str, Any] = {"backend": backend, "precision": precision, "threads": threads}
-    try:
-        opened = [[open_engine(bundle, member, device=device, **how) for device in devices] for member in members]
-    except BackendError as err:
-        if not automatic or tuple(devices) == ("cpu",):
-            raise
-        logger.warning("the CPU is used, for %s cannot be: %s", ", ".join(devices), err)
-        return _open_engines(bundle, members, ("cpu",), False, backend, precision, threads)
-    return [engines[0] if len(engines) == 1 else Spread(engines) for engines in opened]
-
-
-def _choose(bundle: Bundle, folds: Sequence[str] | None) -> tuple[str, ...]:
-    members = bundle.spec.members
-    if folds is not None and tuple(folds) == ("all",) and "all" not in members:
-        return members  # nnU-Net's own "all" is a member that was trained on every case
-    # a fold may be given as a number or twice; it counts once
-    folds = None if folds is None else tuple(dict.fromkeys(str(fold) for fold in folds))
-    unknown = [fold for fold in folds or () if fold not in members]
-    if unknown:
-        raise InputError(f"{bundle.path}: no fold {', '.join(unknown)}; the bundle has {', '.join(members)}")
-    return folds or members
+    labels, grid = read_labels(previous)
+    if difference := volume.grid.mismatch(grid):
+        raise InputError(f"{previous}: labels of the previous stage are not on the grid of {volume.name}: {difference}")
+    return labels

@@ -5,17 +5,21 @@ What lies on a device stays there: labels of logits on a device are made on it.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TypedDict
 
 import numpy as np
 
-from .arrays import Array, FloatArray
+from .arrays import Array, FloatArray, Shape3
 from .device import get_xp
 from .kernels.activation import activate, keep_larger, paint_over
 from .kernels.argmax import Slab, argmax, paint, ready_planes, resample_argmax, resample_paint, resample_probabilities
+from .kernels.mean import Box, add_probabilities
 from .kernels.resample import resize
 from .spec import ModelSpec, Resampling
 from .volume import Placement
+
+MEAN_BYTES = 64 * 2**20  # of a pair's mean probabilities that are held at a time
 
 
 def restore(logits: Array, placement: Placement, spec: ModelSpec) -> Array:
@@ -65,16 +69,20 @@ def restore_slab(logits: Array, placement: Placement, spec: ModelSpec, labels: A
         When the logits no longer hold a plane that plane `done` of the crop needs.
     """
     assert can_restore_by_slab(placement, spec)
-    out, total = _crop(labels, placement, spec), placement.shape[0]
-    if not _changes_grid(placement, spec):
-        stop = min(ready, total)
-    else:
-        nearest = _separate(placement, spec) == 0
-        stop = ready_planes(total, len(out), ready, nearest=nearest, single=spec.resample_logits.method == "linear")
+    out, stop = _crop(labels, placement, spec), _ready(placement, spec, ready)
     if stop <= done:
         return done
-    _decide(logits, placement, spec, Slab(first, total, done, stop), out[done:stop])
+    _decide(logits, placement, spec, Slab(first, placement.shape[0], done, stop), out[done:stop])
     return stop
+
+
+def _ready(placement: Placement, spec: ModelSpec, ready: int) -> int:
+    """Planes of the crop that working planes below `ready` decide."""
+    total = placement.shape[0]
+    if not _changes_grid(placement, spec):
+        return min(ready, total)
+    nearest = _separate(placement, spec) == 0
+    return ready_planes(total, placement.cropped_shape[0], ready, nearest=nearest, single=spec.resample_logits.method == "linear")
 
 
 def restore_probabilities(logits: Array, placement: Placement, spec: ModelSpec) -> FloatArray:
@@ -94,6 +102,63 @@ def restore_probabilities(logits: Array, placement: Placement, spec: ModelSpec) 
         out[k] = _resized(logits[k], placement, spec)
     activate(out, activation, round16=_rule(logits, placement, spec)["round16"])
     return probabilities
+
+
+def spread(logits: Array, placement: Placement, spec: ModelSpec) -> Array:
+    """Whole logits (K, Z, Y, X) as `add_share` wants them: as they are, or on the crop's grid where no kernel resamples them in passing."""
+    if can_restore_by_slab(placement, spec):
+        return logits
+    # rounded where nnU-Net stores resampled logits as float16
+    dtype = np.float16 if _rule(logits, placement, spec)["round16"] else np.float32
+    resized: Array = get_xp(logits).empty((len(logits), *placement.cropped_shape), dtype)
+    for k in range(len(logits)):
+        resized[k] = _resized(logits[k], placement, spec)
+    return resized
+
+
+def mean_planes(spec: ModelSpec, shape: Shape3) -> int:
+    """Return how many planes of a pair's mean probabilities are made at a time, for an image of `shape`."""
+    plane = prod(shape) // shape[spec.transpose[0]]
+    return max(1, min(shape[spec.transpose[0]], MEAN_BYTES // (4 * spec.classes * plane)))
+
+
+def known_planes(placement: Placement, spec: ModelSpec, ready: int, *, axis: int) -> int:
+    """How many planes of the image along `axis` working planes below `ready` decide; what lies outside the crop is known with its end."""
+    if ready >= placement.shape[0]:
+        return placement.grid.shape[axis]
+    if axis != spec.transpose[0] or not can_restore_by_slab(placement, spec):
+        return 0
+    return placement.bbox[0][0] + _ready(placement, spec, ready)
+
+
+def add_share(
+    mean: FloatArray,
+    logits: Array,
+    placement: Placement,
+    spec: ModelSpec,
+    *,
+    axis: int,
+    planes: tuple[int, int],
+    first: int,
+    share: float,
+) -> None:
+    """Add `share` of a model's probabilities to a slab of the image, inside the model's crop.
+
+    Parameters
+    ----------
+    mean : (K, Z, Y, X) float32 on the image's own grid, planes[0] to planes[1] along `axis`; beside the logits; written in place
+    logits : (K, n, Y, X) from `spread`, working planes from `first` on
+    """
+    local = spec.transpose.index(axis)
+    low, high = placement.bbox[local]
+    bounds = max(planes[0], low), max(min(planes[1], high), low)
+    start, slices = [0, 0, 0], list(placement.slices)
+    start[local] = bounds[0] - low
+    slices[local] = slice(max(bounds[0] - planes[0], 0), max(bounds[1] - planes[0], 0))
+    total = placement.shape[0] if can_restore_by_slab(placement, spec) else placement.cropped_shape[0]
+    out = mean.transpose(0, *(a + 1 for a in spec.transpose))[(slice(None), *slices)]
+    box = Box(first, total, placement.cropped_shape, (start[0], start[1], start[2]))
+    add_probabilities(out, logits, box, activation=spec.head.activation, share=share, **_rule(logits, placement, spec))
 
 
 class _Rule(TypedDict):

@@ -17,6 +17,7 @@ SCHEMA = 1
 Size = Annotated[int, Field(ge=1)]
 Triple = tuple[Size, Size, Size]
 Millimetres = Annotated[float, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 LabelValue = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -288,6 +289,16 @@ class PreviousStage(Part):
     values: tuple[LabelValue, ...] = Field(min_length=1)
 
 
+class Partner(Part):
+    """The other model of a pair: a bundle in partner/, known by the SHA-256 of its model.json and of each member's weights.
+
+    The probabilities of both are averaged on the image's own grid. A member that came without weights has "".
+    """
+
+    spec_sha256: Sha256
+    weights_sha256: tuple[Literal[""] | Sha256, ...] = Field(min_length=1)
+
+
 # ------------------------------------------------------------------ the whole
 class ModelSpec(Part):
     """Everything around the network; see the parts. Arrays follow (z, y, x), spacings are mm."""
@@ -309,6 +320,7 @@ class ModelSpec(Part):
     network: NetworkSpec
     members: tuple[str, ...] = Field(min_length=1)
     previous: PreviousStage | None = None
+    partner: Partner | None = None
     postprocess: tuple[PostprocessStep, ...] = ()
 
     @model_validator(mode="after")

@@ -86,6 +86,15 @@ class Slab:
     ready: int
 
 
+@dataclass(frozen=True)
+class Planes:
+    """Logits (K, n, Y, X) of the working planes `first`, `first` + 1, ...; those before `ready` are final."""
+
+    logits: Array
+    first: int
+    ready: int
+
+
 def plan_slabs(plan: WindowPlan, starts_per_slab: int | None = None) -> list[Slab]:
     """Divide windows into slabs of `starts_per_slab` consecutive z starts; all in one by default.
 

@@ -30,7 +30,7 @@ from numba.core import types
 from segrt.bundle import Bundle
 from segrt.device import Simulated, to_device
 from segrt.engines.compose import Hosted
-from segrt.kernels import _cuda, activation, argmax, bbox, blend, components, normalize, onehot, resample
+from segrt.kernels import _cuda, activation, argmax, bbox, blend, components, mean, normalize, onehot, resample
 from segrt.kernels._cuda.launch import Launch, ThreadKernel, cuda, recording
 from segrt.predictor import Predictor
 from segrt.spec import Channel, DropSmall, FillHoles, KeepLargest, PreviousStage, Resampling, ShapeTarget, SpacingTarget, ZScoreNorm
@@ -96,6 +96,9 @@ def label() -> None:
 def probabilities() -> None:
     for name, dtype in product(("softmax", "sigmoid"), (np.float32, np.float16)):
         argmax.resample_probabilities(image(dtype, 2), (5, 6, 7), activation=name)
+        for whole in (True, False):
+            box = mean.Box(0, image(dtype, whole=whole).shape[1], (15, 16, 17), (1, 2, 3))
+            mean.add_probabilities(image(np.float32, 2, whole=whole), image(dtype, 2, whole=whole), box, activation=name, share=0.5)
     best, candidate = image(np.float32, 2)
     for dtype in LABELS:
         activation.keep_larger(best, candidate, label_map(dtype), 1)

@@ -122,11 +122,16 @@ def write_nearest_onnx(path: Path, spec: ModelSpec, centres: Sequence[float]) ->
 
 
 def make_bundle(
-    path: Path, spec: ModelSpec | None = None, *, centres: Sequence[float] | None = None, previous: Bundle | None = None
+    path: Path,
+    spec: ModelSpec | None = None,
+    *,
+    centres: Sequence[float] | None = None,
+    previous: Bundle | None = None,
+    partner: Bundle | None = None,
 ) -> Bundle:
     """A bundle whose members all are `nearest`; by default class k wins where the image is nearest to k."""
     spec = spec or make_spec()
-    bundle = Bundle.create(path, spec, previous=previous)
+    bundle = Bundle.create(path, spec, previous=previous, partner=partner)
     hashes = {}
     for member in spec.members:
         write_nearest_onnx(bundle.onnx_path(member), spec, centres or range(spec.classes))

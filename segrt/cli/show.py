@@ -52,7 +52,7 @@ def _print_device_estimate(predictor: Predictor, cases: Sequence[Case], *, proba
     except BackendError as err:
         line = f"case {name} will fail: {err}"  # the others of the folder need not
     else:
-        how = "" if plan.starts_per_slab is None else ", logits slab by slab"
+        how = "" if plan.starts == (None,) * len(plan.starts) else ", logits slab by slab"
         line = f"memory of {predictor.device}: at most {gigabytes(plan.peak)} (case {name}{how})"
     Console(stderr=True, markup=False).print(line, highlight=False, soft_wrap=True)
 

@@ -85,6 +85,11 @@ def paint(logits: Array, values: Sequence[int], threshold: float, *, slab: Slab 
     return _label(logits, values, (True, largest_below(threshold), False), slab, out)
 
 
+def decide(probabilities: FloatArray, values: Sequence[int], threshold: float | None, out: Array) -> None:
+    """Write to `out` the label of the largest of probabilities (K, Z, Y, X), or with a `threshold` of the last one that exceeds it."""
+    _label(probabilities, values, (threshold is not None, float(np.float32(threshold or 0)), False), None, out)
+
+
 def resample_argmax(
     logits: Array,
     shape: Shape3,

@@ -16,6 +16,7 @@ from factories import UNET_2D, UNET_3D, make_bundle, make_spec, unet_bundle, wri
 from segrt.bundle import Bundle
 from segrt.errors import BackendError
 from segrt.memory import (
+    Load,
     case_bytes,
     engine_bytes,
     estimate,
@@ -166,27 +167,27 @@ ORGANS_117 = make_spec(values=range(117), patch=(128, 128, 128), target=SpacingT
 
 
 def test_117_classes_on_a_large_ct_fit_a_gpu_of_24_gb_slab_by_slab() -> None:
-    plan = plan_device(ORGANS_117, CT_LARGE, 2, free=24 * 10**9, batch=1, engine=3 * 10**9)
+    plan = plan_device([Load(ORGANS_117, batch=1, engine=3 * 10**9)], CT_LARGE, 2, free=24 * 10**9)
     whole = 4 * 117 * 600 * 512 * 512
     logits = dict(plan.stages["network"])["logits"]
     assert whole > 70e9
-    assert plan.starts_per_slab == 1
+    assert plan.starts == (1,)
     assert logits == 4 * 117 * 129 * 512 * 512
     assert plan.peak < 0.92 * 24e9
 
 
 def test_logits_stay_whole_where_the_gpu_is_large_enough() -> None:
-    assert plan_device(ORGANS_117, CT_LARGE, 2, free=140 * 10**9).starts_per_slab is None
+    assert plan_device([Load(ORGANS_117)], CT_LARGE, 2, free=140 * 10**9).starts == (None,)
 
 
 def test_probabilities_ask_for_whole_logits() -> None:
     with pytest.raises(BackendError, match="probabilities"):
-        plan_device(ORGANS_117, CT_LARGE, 2, free=24 * 10**9, probabilities=True)
+        plan_device([Load(ORGANS_117)], CT_LARGE, 2, free=24 * 10**9, probabilities=True)
 
 
 def test_what_does_not_fit_a_gpu_is_a_sentence_with_its_parts() -> None:
     with pytest.raises(BackendError, match=r"600 x 512 x 512 voxels needs .* GB .*logits 15\.83.* 7\.36 GB can be had"):
-        plan_device(ORGANS_117, CT_LARGE, 2, free=8 * 10**9)
+        plan_device([Load(ORGANS_117)], CT_LARGE, 2, free=8 * 10**9)
 
 
 def test_a_2d_models_slab_fills_the_engines_batch() -> None:
