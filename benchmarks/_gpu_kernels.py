@@ -238,6 +238,7 @@ KERNELS: dict[str, Job] = {
     "resample labels, nearest": _labels(0),
     "resample labels, float16 linear": labels_linear,
     "argmax, fp32": _fused(np.float32, same=True),
+    "argmax, fp16": _fused(np.float16, same=True),
     "resample + argmax, fp32": _fused(np.float32),
     "resample + argmax, fp32, separate z": _fused(np.float32, separate=0),
     "resample + paint, fp32": _fused(np.float32, paint=True),

@@ -9,6 +9,7 @@ import numpy as np
 from ...arrays import Array, FloatArray, Shape3
 from ...device import get_xp, on_device, to_host
 from ..blend import START, Tables
+from . import logits as native
 from .launch import launch, scalar, thread_kernel
 
 _MOST_WINDOWS = 32768  # per launch: each is a plane of threads
@@ -39,8 +40,10 @@ def blend(acc: Any, logits: Any, entries: Array, tables: Tables, scale: float) -
     relative = entries.copy()
     relative[:, START] -= low
     box = acc[(slice(None), *(slice(a, a + n) for a, n in zip(low.tolist(), (z, y, x), strict=True)))]
-    there = (table if on_device(table) else xp.asarray(table) for table in tables)
-    launch(blend_voxel, (z, y, x), box, logits, xp.asarray(relative), *there, np.float32(scale))
+    there = tuple(table if on_device(table) else xp.asarray(table) for table in tables)
+    relative = xp.asarray(relative)
+    if not native.run(native.blend_call(box, logits, relative, there, scale)):
+        launch(blend_voxel, (z, y, x), box, logits, relative, *there, np.float32(scale))
 
 
 def constant(data: Any, starts: Array, patch: Shape3, low: Shape3) -> tuple[Array, FloatArray]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...arrays import Array
 from ...device import get_xp
+from . import logits as compiled
 from .launch import Scalar, cuda, launch, scalar, thread_kernel
 
 # Three lerps of seven roundings at most (products and sums may be rounded apart): below 1.25e-6 of the largest input, twice that for a
@@ -33,6 +34,8 @@ def label(logits: Any, values: Array, rule: tuple[bool, float, bool], out: Any) 
     """One launch: every logit is read once, every label written once."""
     regions, bound, _ = rule
     table, native = get_xp(logits).asarray(values), _native(logits)
+    if compiled.run(compiled.label_call(native, table, regions, bound, out)):
+        return
     if regions:
         launch(painted, out.shape, native, table, np.float32(bound), out)
     else:
@@ -51,11 +54,14 @@ def label_resampled(
     # three axes in one table, so that few arrays are copied and passed
     lower = xp.asarray(np.concatenate([p[0].astype(np.int32) for p in positions]))
     fraction = np.concatenate([p[1] for p in positions])
-    tables = lower, xp.asarray(fraction.astype(np.float32)), xp.asarray(fraction), xp.asarray(values)
+    native, exact, table = _native(logits), xp.asarray(fraction), xp.asarray(values)
+    if compiled.run(compiled.resampled_call(native, lower, exact, table, rule, out)):
+        return
+    tables = lower, xp.asarray(fraction.astype(np.float32)), exact, table
     if regions:
-        launch(painted_resampled, out.shape, _native(logits), *tables, np.float32(bound), np.int32(half), out)
+        launch(painted_resampled, out.shape, native, *tables, np.float32(bound), np.int32(half), out)
     else:
-        launch(largest_resampled, out.shape, _native(logits), *tables, np.int32(half), out)
+        launch(largest_resampled, out.shape, native, *tables, np.int32(half), out)
 
 
 def activate(logits: Any, activation: str, round16: bool) -> None:

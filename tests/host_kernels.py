@@ -1,0 +1,103 @@
+"""CUDA C compiled as C++ and run thread by thread on the host, reads through `fetch` checked: what it computes is tested without a GPU.
+
+Threads run one after the other, so this is for kernels in which no thread waits for another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_SHIM = """
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+using std::min;
+using std::max;
+#define HOST 1
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __noinline__
+#define __restrict__
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define HOLD(kind, value)
+struct Index { int x, y, z; };
+static Index blockIdx, threadIdx, blockDim, gridDim;
+static double __dmul_rn(double a, double b) { return a * b; }
+static double __dadd_rn(double a, double b) { return a + b; }
+static float widen(float value) { return value; }
+static float widen(unsigned short bits) { _Float16 half; __builtin_memcpy(&half, &bits, 2); return (float)half; }
+static double round_half(double value) { return (double)(_Float16)value; }
+static const char *first_byte, *last_byte;
+static long outside;
+extern "C" void guard(const void* first, long bytes) { first_byte = (const char*)first; last_byte = first_byte + bytes; outside = 0; }
+extern "C" long strays() { return outside; }
+template <class T> static T fetch(const T* address) {
+    if ((const char*)address < first_byte || (const char*)(address + 1) > last_byte) { ++outside; return T(); }
+    return *address;
+}
+static float fetch_sum(const float* address) { return *address; }
+static void store_sum(float* address, float value) { *address = value; }
+template <auto F> struct Runner;
+template <class... A, void (*F)(A...)> struct Runner<F> {
+    static void run(const int* grid, const int* block, A... a) {
+        gridDim = {grid[0], grid[1], grid[2]};
+        blockDim = {block[0], block[1], block[2]};
+        for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
+            for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+                for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+                    for (threadIdx.z = 0; threadIdx.z < blockDim.z; ++threadIdx.z)
+                        for (threadIdx.y = 0; threadIdx.y < blockDim.y; ++threadIdx.y)
+                            for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) F(a...);
+    }
+};
+"""
+
+_TYPES = {"f4": ctypes.c_float, "f8": ctypes.c_double, "i4": ctypes.c_int32, "i8": ctypes.c_int64}
+
+
+def compiler() -> str | None:
+    """A C++ compiler, where there is one."""
+    return shutil.which("g++")
+
+
+def run_on_host(source: Path, call: Any) -> None:
+    """Run a `Call` on arrays that lie on the host; none of its reads of logits may leave them."""
+    library = _library(source, call.options, call.kernel)
+    guarded = max((a for a in call.arguments if isinstance(a, np.ndarray)), key=lambda a: a.dtype.kind == "f" and a.ndim >= 4 and a.ndim)
+    start, stop = np.lib.array_utils.byte_bounds(np.asarray(guarded))
+    library.guard(ctypes.c_void_p(start), ctypes.c_long(stop - start))
+    sizes = ((ctypes.c_int * 3)(*s, *(1,) * (3 - len(s))) for s in (call.grid, call.block))
+    run = ctypes.CFUNCTYPE(None, use_errno=False)(ctypes.c_void_p.in_dll(library, f"run_{call.kernel}").value)
+    run.argtypes = None
+    run(*sizes, *(_argument(a) for a in call.arguments))
+    assert library.strays() == 0
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return ctypes.c_void_p(value.ctypes.data)
+    return _TYPES[value.dtype.str[1:]](value)
+
+
+@cache
+def _library(source: Path, options: tuple[tuple[str, int], ...], kernel: str) -> Any:
+    folder = Path(tempfile.mkdtemp())
+    text = _SHIM + source.read_text() + f'\nextern "C" void* run_{kernel}; void* run_{kernel} = (void*)&Runner<{kernel}>::run;\n'
+    (folder / "host.cpp").write_text(text)
+    defines = [f"-D{name}={value}" for name, value in options]
+    command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-w", *defines, "-o", str(folder / "host.so"), str(folder / "host.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(folder / "host.so"))
+    library.strays.restype = ctypes.c_long
+    return library

@@ -1,0 +1,158 @@
+"""The CUDA C of blending and labels, run thread by thread on the host == CPU == the thread bodies that it stands for."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segrt.device import to_device, to_host
+from segrt.kernels import argmax
+from segrt.kernels._cuda import logits as native
+from segrt.kernels._spline import fractions
+from segrt.kernels.activation import largest_below
+from segrt.kernels.blend import blend_windows
+from tests.host_kernels import compiler, run_on_host
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(2, 12))
+halves = st.booleans()
+seeds = st.integers(0, 2**32 - 1)
+
+
+def stack(classes, shape, seed, half, *, integers=False):
+    values = np.random.default_rng(seed).normal(0, 2, (classes, *shape))
+    return (np.round(values) if integers else values).astype(np.float16 if half else np.float32)
+
+
+def device(array):
+    return to_device(array, "simulated")
+
+
+def labels_of(call_of, shape, wide):
+    """Run a call whose `out` is poisoned first."""
+    out = device(np.full(shape, 77, np.uint16 if wide else np.uint8))
+    call = call_of(out)
+    assert call is not None
+    run_on_host(native.SOURCE, call)
+    return to_host(out)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), sizes, halves, st.booleans(), st.booleans(), seeds)
+def test_labels(classes, shape, half, integers, regions, seed):
+    host = stack(classes, shape, seed, half, integers=integers)
+    values = tuple(range(classes, 0, -1))
+    table = device(np.asarray(values, np.int32))
+    found = labels_of(lambda out: native.label_call(device(host), table, regions, float(largest_below(0.6)), out), shape, seed % 2)
+    np.testing.assert_array_equal(found, argmax.paint(host, values, 0.6) if regions else argmax.argmax(host, values))
+
+
+def test_labels_of_part_of_the_planes():
+    host = stack(3, (6, 5, 8), 0, half=False)
+    part, table = device(host)[:, 2:5], device(np.arange(3, dtype=np.int32))
+    found = labels_of(lambda out: native.label_call(part, table, False, 0.0, out), (3, 5, 8), False)
+    np.testing.assert_array_equal(found, host[:, 2:5].argmax(0))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 7), sizes, sizes, st.sampled_from((None, 0, 1, 2)), halves, st.booleans(), st.booleans(), st.booleans(), seeds)
+def test_labels_of_another_grid(classes, shape, new, separate, half, round16, integers, regions, seed):
+    host = stack(classes, shape, seed, half, integers=integers)
+    if shape == new:
+        return
+    positions = [fractions(n, m, 0 if axis == separate else 1) for axis, (n, m) in enumerate(zip(shape, new, strict=True))]
+    lower = device(np.concatenate([p[0].astype(np.int32) for p in positions]))
+    fraction = device(np.concatenate([p[1] for p in positions]))
+    values = tuple(range(classes, 0, -1))
+    rule = regions, float(largest_below(0.6)), round16
+    table = device(np.asarray(values, np.int32))
+    found = labels_of(lambda out: native.resampled_call(device(host), lower, fraction, table, rule, out), new, seed % 2)
+    options = {"separate": separate, "round16": round16}
+    expected = argmax.resample_paint(host, new, values, 0.6, **options) if regions else argmax.resample_argmax(host, new, values, **options)
+    np.testing.assert_array_equal(found, expected)
+
+
+def blended(acc, logits, entries, tables):
+    call = native.blend_call(acc, device(logits), device(entries), tuple(device(t) for t in tables), 0.25)
+    assert call is not None
+    run_on_host(native.SOURCE, call)
+
+
+@settings(deadline=None)
+@given(sizes, st.tuples(*[st.integers(0, 3)] * 3), st.integers(1, 19), halves, st.integers(1, 5), seeds)
+def test_blend(patch, room, classes, half, count, seed):
+    rng = np.random.default_rng(seed)
+    logits = stack(3 * classes, patch, seed, half).reshape(3, classes, *patch)
+    tables = tuple(rng.random((2, n)).astype(np.float32) for n in patch)
+    columns = [*(rng.integers(0, n + 1, count) for n in room), *rng.integers(0, 2, (6, count)), rng.integers(0, 3, count)]
+    entries = np.stack(columns, axis=1).astype(np.int32)
+    shape = [p + n for p, n in zip(patch, room, strict=True)]
+    start = rng.normal(size=(classes, *shape)).astype(np.float32)
+    expected, whole, parts = start.copy(), device(start.copy()), device(start.copy())
+    blend_windows(expected, logits, entries, tables, 0.25)
+    # inside a wider array, as the box of a batch of windows is
+    wide = device(np.pad(start, ((0, 0), (1, 2), (2, 1), (1, 3))))
+    blended(wide[:, 1:-2, 2:-1, 1:-3], logits, entries, tables)
+    blended(whole, logits, entries, tables)
+    for entry in entries:
+        blended(parts, logits, entry[None], tables)
+    # float32 sums of a few numbers near one, in the same order
+    np.testing.assert_allclose(to_host(whole), expected, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(to_host(parts), to_host(whole))
+    np.testing.assert_array_equal(to_host(wide), np.pad(to_host(whole), ((0, 0), (1, 2), (2, 1), (1, 3))))
+
+
+def test_arrays_with_gaps_are_left_to_the_thread_bodies():
+    host, table = stack(2, (4, 5, 6), 0, half=False), device(np.arange(2, dtype=np.int32))
+    out, turned = device(np.zeros((4, 5, 6), np.uint8)), device(np.zeros((6, 5, 4), np.uint8)).transpose()
+    gaps = device(host)[..., 1:]
+    lower, fraction = device(np.zeros(14, np.int32)), device(np.zeros(14))
+    assert native.label_call(gaps, table, False, 0.0, out[..., 1:]) is None
+    assert native.label_call(device(host), table, False, 0.0, turned) is None
+    assert native.resampled_call(gaps, lower, fraction, table, (False, 0.0, False), out) is None
+    entries, tables = device(np.zeros((1, 10), np.int32)), tuple(device(np.ones((1, n), np.float32)) for n in (4, 5, 6))
+    assert native.blend_call(device(host)[..., ::-1], device(host)[None], entries, tables, 1.0) is None
+
+
+def test_labels_are_written_wherever_they_belong():
+    host, image = stack(3, (4, 5, 6), 3, half=False), device(np.zeros((9, 8, 7), np.uint8))
+    out = image.transpose(2, 1, 0)[1:6, 1:7, 2:9]
+    positions = [fractions(n, m, 1) for n, m in zip((4, 5, 6), (5, 6, 7), strict=True)]
+    lower, fraction = (device(np.concatenate([p[i].astype(t) for p in positions])) for i, t in ((0, np.int32), (1, np.float64)))
+    call = native.resampled_call(device(host), lower, fraction, device(np.array([5, 6, 7], np.int32)), (False, 0.0, False), out)
+    run_on_host(native.SOURCE, call)
+    expected = argmax.resample_argmax(host, (5, 6, 7), (5, 6, 7))
+    np.testing.assert_array_equal(to_host(out), expected)
+    assert to_host(image).astype(int).sum() == expected.astype(int).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", [80, 90, 120])
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_source_compiles_without_spilling(tmp_path, generation, half, regions):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
+    if shutil.which("ptxas") is None:
+        pytest.skip("there is no ptxas")
+    defines = {**native.TUNING, "RY": native.rows(regions), "HALF": half, "WIDE": 0, "VEC": 4 * (1 + half)}
+    options = [f"-arch=compute_{generation}".encode(), b"-std=c++17", *(f"-D{k}={v}".encode() for k, v in defines.items())]
+    _, program = nvrtc.nvrtcCreateProgram(native.SOURCE.read_bytes(), b"logits.cu", 0, [], [])
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    ptx = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
+    nvrtc.nvrtcGetPTX(program, ptx)
+    (tmp_path / "ptx").write_bytes(ptx.rstrip(b"\0"))
+    command = ["ptxas", "-v", f"-arch=sm_{generation}", "-o", str(tmp_path / "cubin"), str(tmp_path / "ptx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr, re.DOTALL)
+    assert {name for name, *_ in spills} == {"blend", "largest", "painted", "largest_resampled", "painted_resampled"}
+    other = "largest_resampled" if regions else "painted_resampled"
+    assert {(stores, loads) for name, stores, loads in spills if name != other} == {("0", "0")}, done.stderr
