@@ -30,7 +30,7 @@ def time_case(bundle: Bundle, case: Case, output: Path, *, tta: bool, previous: 
     for mode, mirrored in modes.items():
         with Predictor(bundle, tta=mirrored, **options) as predictor:
             record["modes"][mode] = _time(predictor, case, stage)
-            record["engine"] = predictor.engines[0].name
+            record["engine"] = ", ".join(dict.fromkeys(engine.name for engine in predictor.all_engines))
     record["peak_bytes"] = peak_bytes()
     text = json.dumps(record, indent=1)
     write_atomic(folder / "benchmark.json", text + "\n")

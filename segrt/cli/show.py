@@ -58,21 +58,24 @@ def _print_device_estimate(predictor: Predictor, cases: Sequence[Case], *, proba
 
 
 def case_estimate(predictor: Predictor, case: Case, base: int, *, probabilities: bool = False) -> int:
-    """Peak bytes of the process on this case, the first stage of a cascade included; 0 when its header cannot be read."""
+    """Peak bytes of the process on this case, first stages and the partner of a pair included; 0 when its header cannot be read."""
     known = peek(case.files)
     if known is None:
         return 0
     grid, itemsize = known
-    half = predictor.accumulate == "float16"
+    models = [predictor] if predictor.partner is None else [predictor, predictor.partner]
     engines = predictor.engine_bytes
     if not engines:
         # nobody measured: what the library holds by now counts, and what it loads with its first window
         base = max(base, resident_bytes())
-        engines = engine_bytes(predictor.spec, len(predictor.members)) + _FIRST_WINDOW
-    peak = estimate(predictor.spec, grid, itemsize, base=base, engines=engines, half=half, probabilities=probabilities, step=predictor.step)
-    if predictor.previous is not None:
-        held = predictor.previous.engine_bytes or engine_bytes(predictor.previous.spec, len(predictor.previous.members))
-        peak = max(peak, case_estimate(predictor.previous, case, base)) + held
+        engines = sum(engine_bytes(model.spec, len(model.members)) for model in models) + _FIRST_WINDOW
+    options: dict[str, Any] = {"half": predictor.accumulate == "float16", "probabilities": probabilities, "step": predictor.step}
+    partner = predictor.partner.spec if predictor.partner is not None else None
+    peak = estimate(predictor.spec, grid, itemsize, base=base, engines=engines, partner=partner, **options)
+    for first in (model.previous for model in models):
+        if first is not None:
+            held = first.engine_bytes or engine_bytes(first.spec, len(first.members))
+            peak = max(peak, case_estimate(first, case, base)) + held
     return peak
 
 
@@ -146,6 +149,9 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 def print_build(bundle: Bundle, reports: Sequence[dict[str, Any]]) -> None:
     """Print a line per engine and member: how it compares with the fp32 torch network."""
     print(f"{bundle.spec.name} in {bundle.path}: members {', '.join(bundle.spec.members)}")
+    if bundle.partner is not None:
+        partner = bundle.partner
+        print(f"a pair with {partner.spec.name} in {partner.path}: members {', '.join(partner.spec.members)}, built and verified too")
     for report in reports:
         for member, check in report["members"].items():
             verdict = "verified" if check["passed"] else f"KEPT UNVERIFIED, {check['reason']}"

@@ -78,9 +78,10 @@ def build_model(
 
 
 def export(bundle: Bundle, *, sample: str | Path | None = None, force: bool = False) -> None:
-    """Write the ONNX files and the stored reference of a bundle (and of its first stage) where they are missing or stale."""
-    if bundle.previous is not None:
-        export(bundle.previous, force=force)
+    """Write the ONNX files and the stored reference of a bundle, its first stage and its partner where they are missing or stale."""
+    for other in (bundle.previous, bundle.partner):
+        if other is not None:
+            export(other, force=force)
     if _is_exported(bundle) and not (force and can_run_reference(bundle)):
         return
     if not can_run_reference(bundle):
@@ -122,10 +123,11 @@ def _compile_kernels(bundle: Bundle) -> None:
     logger.info("compiling the kernels this model uses")
     voxels = np.random.default_rng(0).integers(0, 255, (len(spec.channels), 6, 10, 12)).astype(np.int16)
     grid = Grid((6, 10, 12), (2.7, 1.3, 1.3))
-    previous = None if spec.previous is None else np.zeros(grid.shape, np.uint8)
 
     def no_network(patches: FloatArray) -> FloatArray:
         return np.zeros((len(patches), spec.classes, *patches.shape[2:]), np.float32)
 
-    with Predictor(bundle, engines=[FunctionEngine(no_network)], tta=False, previous_stage=False) as predictor:
-        predictor(Volume(voxels, grid), previous=previous)
+    # a pair's are one for each member, and then the partner's
+    engines = [FunctionEngine(no_network)] * (1 if bundle.partner is None else len(spec.members) + 1)
+    with Predictor(bundle, engines=engines, tta=False, previous_stage=False) as predictor:
+        predictor(Volume(voxels, grid), previous=np.zeros(grid.shape, np.uint8) if predictor.takes_previous else None)

@@ -45,7 +45,7 @@ def build_engine(
     force: bool = False,
     tensorrt: TensorRTOptions | None = None,
 ) -> dict[str, Any]:
-    """Compile, measure and verify the engine of every member, first stages of a cascade included.
+    """Compile, measure and verify the engine of every member, the first stage of a cascade and the partner of a pair included.
 
     Parameters
     ----------
@@ -76,8 +76,9 @@ def build_engine(
     device, backend = resolve_target(device, backend, tensorrt)
     chosen: Precision = precision or ("fp16" if device.startswith("cuda") and backend != "openvino" else "fp32")
     options: dict[str, Any] = {"calibration": calibration, "force": force, "tensorrt": tensorrt}
-    if bundle.previous is not None:
-        build_engine(bundle.previous, backend=backend, device=device, precision=chosen, **options)
+    for other in (bundle.previous, bundle.partner):
+        if other is not None:
+            build_engine(other, backend=backend, device=device, precision=chosen, **options)
     request = _Request(bundle, chosen, sample, calibration, force)
     if backend == "openvino":
         return _build_openvino(request)
