@@ -158,13 +158,13 @@ def validate_fold(fold: Fold, dataset: Dataset, *, previous: Path | None) -> Sum
     fold.show.stage(f"validating fold {fold.name} on {len(fold.split.validation)} cases (weights of iteration {weights.iteration})")
     bundle = Bundle.create(fold.folder / "bundle", fold.spec, weights={fold.name: weights.tensors}, force=True)
     names, folder = fold.split.validation, fold.folder / "validation"
-    summary = validate(dataset, names, bundle, folder, device=_runtime_device(fold.device), previous=previous, progress=fold.show.cases)
+    summary = validate(dataset, names, bundle, folder, device=runtime_device(fold.device), previous=previous, progress=fold.show.cases)
     fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}")
     return summary
 
 
-def _runtime_device(device: torch.device) -> str:
-    """Where the runtime validates: beside the training, unless it lacks what it needs there."""
+def runtime_device(device: torch.device) -> str:
+    """Give the device the runtime validates on: beside the training, unless it lacks what it needs there."""
     try:
         return resolve_device(str(device))
     except BackendError as err:

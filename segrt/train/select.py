@@ -91,10 +91,15 @@ def choose_postprocess(summary: Summary, dataset: Dataset, *, workers: int = 2) 
 
 @dataclass(frozen=True)
 class Best:
-    """The configuration with the highest mean Dice, and those it was compared with."""
+    """The configuration, or pair, with the highest mean Dice, and those it was compared with."""
 
     name: str
     summaries: Mapping[str, Summary]
+
+    @property
+    def summary(self) -> Summary:
+        """Its scores."""
+        return self.summaries[self.name]
 
     @property
     def text(self) -> str:

@@ -118,8 +118,9 @@ def test_a_cascade_needs_labels_of_every_case(tmp_path: Path, data: Path) -> Non
 
 def test_the_best_configuration_becomes_the_bundle(tmp_path: Path, data: Path) -> None:
     said: list[str] = []
-    bundle = train_model(data, tmp_path / "m", _config(), candidates=("2d", "3d_fullres"), show=Show(stage=said.append))
+    bundle = train_model(data, tmp_path / "m", _config(), candidates=("2d", "3d_fullres"), pairs=False, show=Show(stage=said.append))
     assert bundle is not None
+    assert bundle.partner is None
     scores = json.loads((bundle.path / "reports" / "configurations.json").read_text())
     values = {name: entry["mean_dice"] for name, entry in scores["configurations"].items()}
     assert scores["best"] == max(values, key=lambda name: values[name])

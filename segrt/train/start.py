@@ -1,0 +1,85 @@
+"""TRAIN, everything before the first iteration: the dataset is checked, measured and planned for, its cases are prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..bundle import write_atomic
+from ..errors import BackendError, InputError
+from .cache import Prepared
+from .check import CheckReport, check_dataset
+from .configuration import Configuration, Plan, load_plan
+from .fingerprint import Fingerprint, load_fingerprint, measure
+from .kept import kept
+from .plan import plan_nnunet, plan_vnet
+from .prepare import prepare
+from .work import Work
+
+
+def check_once(place: Work) -> CheckReport:
+    """Read every file once; a dataset with problems goes no further."""
+
+    def check() -> CheckReport:
+        place.show.stage(f"checking {len(place.dataset.cases)} cases")
+        return check_dataset(place.dataset, workers=place.config.workers, progress=place.show.cases)
+
+    report = kept(place.shared, "dataset", place.dataset, check, lambda path: CheckReport.model_validate_json(path.read_bytes()))
+    report.require_ok()
+    for warning in report.warnings:
+        place.show.stage(f"warning: {warning}")
+    return report
+
+
+def measure_once(place: Work) -> Fingerprint:
+    """Measure the dataset, or take what an earlier run measured."""
+
+    def take() -> Fingerprint:
+        place.show.stage(f"measuring {len(place.dataset.cases)} cases")
+        return measure(place.dataset, workers=place.config.workers, progress=place.show.cases)
+
+    return kept(place.shared, "fingerprint", place.dataset, take, load_fingerprint)
+
+
+def plan_once(place: Work, fingerprint: Fingerprint, given: str | Path | None) -> Plan:
+    """Make the plan of the dataset, or read the one given; it is written down either way."""
+    config = place.config
+    if given is not None:
+        plan = load_plan(Path(given))
+    elif config.model == "vnet":
+        plan = plan_vnet(
+            place.dataset,
+            fingerprint,
+            window=config.window,
+            shape=config.patch or (128, 128, 128),
+            sliding=config.sliding,
+            resampling=config.resampling,
+            width=config.width,
+            deep_supervision=config.deep_supervision,
+        )
+    else:
+        plan = plan_nnunet(place.dataset, fingerprint, planner=config.planner, memory_gb=config.memory_gb)
+    write_atomic(place.folder / "plan.json", plan.to_json())
+    write_atomic(place.folder / "reports" / "plan.json", plan.to_json())
+    return plan
+
+
+def prepare_cases(place: Work, configuration: Configuration, name: str, *, previous: Path | None = None) -> Prepared:
+    """Prepare the cases for one configuration; of a cascade's second stage, those of this training alone."""
+    place.show.stage(f"{name}: preparing {len(place.dataset.cases)} cases")
+    folder = (place.shared if previous is None else place.folder) / "prepared" / name
+    options: dict[str, Any] = {"dtype": place.config.cache, "previous": previous, "progress": place.show.cases}
+    return prepare(place.dataset, configuration, folder, workers=max(1, place.config.workers), **options)
+
+
+def choose_device(name: str) -> torch.device:
+    """Give the torch device that `name` means; an InputError or BackendError when there is none."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BackendError(f"device {name}: torch {torch.__version__} sees no GPU; train on --device cpu, or install torch for CUDA")
+    return torch.device("cuda:0" if name == "cuda" else name)
