@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import InputError
 from .common import comma_list, configure_logging, run
-
-if TYPE_CHECKING:
-    from ..train.config import Model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,18 +19,38 @@ STOPPED = 130
 
 @app.command()
 def train(
-    dataset: Annotated[Path, typer.Argument(help="nnU-Net or Decathlon folder, folders images and labels, or npy lists.")],
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(
+            help="nnU-Net or Decathlon folder, folders images and labels, or npy lists. With --from-medicalseg the file's own by default.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle to write.")] = Path("segrt_model"),
-    model: Annotated[str, typer.Option("--model", help="nnunet or vnet.")] = "nnunet",
+    model: Annotated[str | None, typer.Option("--model", help="nnunet (default) or vnet.")] = None,
+    from_medicalseg: Annotated[
+        Path | None,
+        typer.Option("--from-medicalseg", help="Train as this MedicalSeg YAML says; other options beat it. See --plan-only."),
+    ] = None,
+    medicalseg_root: Annotated[
+        Path | None, typer.Option(help="Folder its _base_ files lie in; the nearest above named configs, or the one above, by default.")
+    ] = None,
     configuration: Annotated[
         str | None,
-        typer.Option("--config", "-c", help="2d, 3d_fullres, 3d_lowres or 3d_cascade_fullres; see --plan-only. With --find-best several."),
+        typer.Option(
+            "--config",
+            "-c",
+            help="2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres, or a pair such as 2d+3d_fullres. With --find-best several.",
+        ),
     ] = None,
     fold: Annotated[str | None, typer.Option("--fold", "-f", help="Such as 0, or 0,1,2,3,4, or all: every case.")] = None,
     split: Annotated[str | None, typer.Option(help="kfold, shuffled:0.75, sorted:0.8, or a JSON file of folds.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Train by this plan.json instead of planning.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Write the plan with its reasons, and stop.")] = False,
-    find_best: Annotated[bool, typer.Option("--find-best", help="Train every configuration, or those of --config; keep the best.")] = False,
+    find_best: Annotated[
+        bool, typer.Option("--find-best", help="Train every configuration, or those of --config; keep the best, or the best pair.")
+    ] = False,
+    pairs: Annotated[bool, typer.Option("--pairs/--no-pairs", help="With --find-best, whether pairs are tried.")] = True,
     planner: Annotated[str | None, typer.Option(help="default, resenc_m, resenc_l or resenc_xl.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="GPU memory to plan for.")] = None,
     iters: Annotated[int | None, typer.Option(help="Iterations.")] = None,
@@ -64,6 +81,13 @@ def train(
     step_iters: Annotated[int | None, typer.Option(help="Of step.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Of step.")] = None,
     loss: Annotated[str | None, typer.Option(help="dice_ce or mixed.")] = None,
+    coefficients: Annotated[str | None, typer.Option(help="Of cross-entropy and Dice in the loss, such as 1,1.")] = None,
+    class_weights: Annotated[
+        str | None, typer.Option(help="Of the cross-entropy: a number per class, background first, or none, or batch (loss mixed).")
+    ] = None,
+    batch_dice: Annotated[
+        bool | None, typer.Option("--batch-dice/--image-dice", help="What dice_ce sums over; the plan's by default.", show_default=False)
+    ] = None,
     augmentation: Annotated[str | None, typer.Option(help="nnunet, article or none.")] = None,
     mirroring: Annotated[
         bool | None, typer.Option("--mirroring/--no-mirroring", help="No: left and right have labels of their own.", show_default=False)
@@ -103,7 +127,7 @@ def train(
 
     Exit codes: 0 done, 2 not, 130 stopped by a signal and saved.
     """
-    from .training import TrainBars, is_first, join_processes
+    from .training import TrainBars, describe_training, is_first, join_processes
 
     configure_logging(verbose=verbose)
     if iters is not None and epochs is not None:
@@ -138,6 +162,9 @@ def train(
         "step_iterations": step_iters,
         "gamma": gamma,
         "loss": loss,
+        "coefficients": comma_list(coefficients),
+        "class_weights": class_weights if class_weights in ("none", "batch") else comma_list(class_weights),
+        "batch_dice": batch_dice,
         "augmentation": augmentation,
         "mirroring": mirroring,
         "oversampling": oversampling,
@@ -163,23 +190,27 @@ def train(
         "image_suffix": comma_list(image_suffix),
         "label_suffix": label_suffix,
     }
-    from ..train.config import make_config
     from ..train.run import train_model
 
-    config = make_config(cast("Model", model), **changes)
+    source, config, reports = describe_training(dataset, from_medicalseg, medicalseg_root, options, {"model": model, **changes})
+    if plan_only and is_first(os.environ):
+        for text in reports.values():
+            typer.echo(text)
     with ExitStack() as stack:
         device = stack.enter_context(join_processes(os.environ, device))
         bars = stack.enter_context(TrainBars(config.log_interval, quiet=not is_first(os.environ)))
         bundle = train_model(
-            dataset,
+            source,
             output,
             config.model_copy(update={"device": device}),
             work=work,
             plan=plan,
             plan_only=plan_only,
             candidates=candidates if find_best else None,
+            pairs=pairs,
             force=force,
             dataset_options=options,
+            reports=reports,
             show=bars.show,
         )
     if bundle is None and not plan_only and is_first(os.environ):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from ..errors import InputError
+
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
+    from ..train.cases import Dataset
+    from ..train.config import TrainConfig
     from ..train.folds import Show
     from ..train.loop import Step
 
@@ -77,6 +85,27 @@ def step_text(step: Step) -> str:
     dice = "" if step.dice is None else f"Dice {step.dice:.4f}, "
     left = timedelta(seconds=round(step.eta_s))
     return f"loss {step.loss:.4f}, {dice}lr {step.lr:.2e}, batch {step.batch_cost:.3f} s, reader {step.reader_cost:.3f} s, ETA {left}"
+
+
+def describe_training(
+    source: Path | None, file: Path | None, root: Path | None, options: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> tuple[Path | Dataset, TrainConfig, dict[str, str]]:
+    """What to train on, how, and reports about it; from the options alone, or from a MedicalSeg file that they beat."""
+    if file is None:
+        from ..train.config import make_config
+
+        if root is not None:
+            raise InputError("--medicalseg-root belongs to --from-medicalseg; name the file")
+        if source is None:
+            raise InputError("DATASET is missing; give a folder of images with labels")
+        changes = {name: value for name, value in chosen.items() if name != "model"}
+        return source, make_config(chosen["model"] or "nnunet", **changes), {}
+    from ..train.medicalseg import import_medicalseg
+
+    imported = import_medicalseg(file, source, root=root, dataset_options=options, **chosen)
+    for warning in imported.warnings:
+        logger.warning("%s: %s", file.name, warning)
+    return imported.dataset, imported.config, {"medicalseg.txt": imported.recipe.text}
 
 
 def is_first(environment: Mapping[str, str]) -> bool:

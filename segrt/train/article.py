@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..arrays import Shape3
+from .config import Transforms
 
-_SCALE = (0.8, 1.2)
-_RATIO = (3 / 4, 4 / 3)
+_ARTICLE = Transforms()
 _TRIES = 10
-_DEGREES = 90.0
-_P_FLIP = 0.5
 
 
-def augment(image: Tensor, labels: Tensor, size: Shape3, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def augment(
+    image: Tensor, labels: Tensor, size: Shape3, rng: np.random.Generator, transforms: Transforms = _ARTICLE
+) -> tuple[Tensor, Tensor]:
     """Crop and resize to `size`, rotate, and flip a volume.
 
     Parameters
@@ -27,20 +27,25 @@ def augment(image: Tensor, labels: Tensor, size: Shape3, rng: np.random.Generato
     labels : (S, Z, Y, X) int16, the nearest label always: the article's software rotated them linearly and made labels that no organ
         has; -1 comes in from outside
     """
-    image, labels = resized_crop(image, labels, size, rng)
-    image, labels = rotate(image, labels, float(rng.uniform(-_DEGREES, _DEGREES)), int(rng.integers(3)))
+    if transforms.scale is not None:
+        image, labels = resized_crop(image, labels, size, rng, transforms)
+    if transforms.degrees:
+        degrees = float(rng.uniform(-transforms.degrees, transforms.degrees))
+        image, labels = rotate(image, labels, degrees, int(rng.integers(3)))
     axis = int(rng.integers(3))
-    if rng.uniform() < _P_FLIP:
+    if rng.uniform() < transforms.flip:
         image, labels = image.flip(axis + 1), labels.flip(axis + 1)
     return image, labels
 
 
-def resized_crop(image: Tensor, labels: Tensor, size: Shape3, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Cut a box of .8 to 1.2 times the volume whose sides differ by up to a third, and resize it to `size`.
+def resized_crop(
+    image: Tensor, labels: Tensor, size: Shape3, rng: np.random.Generator, transforms: Transforms = _ARTICLE
+) -> tuple[Tensor, Tensor]:
+    """Cut a box of a share of the volume, two of its sides in a random ratio, and resize it to `size`.
 
     Of ten boxes the first that fits is taken, else the largest cube in the middle.
     """
-    start, shape = _box(image.shape[1:], rng)
+    start, shape = _box(image.shape[1:], rng, transforms)
     where = (slice(None), *(slice(s, s + n) for s, n in zip(start, shape, strict=True)))
     image, labels = image[where], labels[where]
     if tuple(shape) == tuple(size):
@@ -50,9 +55,10 @@ def resized_crop(image: Tensor, labels: Tensor, size: Shape3, rng: np.random.Gen
     return resized, nearest.to(labels.dtype)
 
 
-def _box(shape: Sequence[int], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+def _box(shape: Sequence[int], rng: np.random.Generator, transforms: Transforms = _ARTICLE) -> tuple[list[int], list[int]]:
+    scale = transforms.scale or (1.0, 1.0)
     for _ in range(_TRIES):
-        volume, ratio = rng.uniform(*_SCALE) * np.prod(shape, dtype=float), rng.uniform(*_RATIO)
+        volume, ratio = rng.uniform(*scale) * np.prod(shape, dtype=float), rng.uniform(*transforms.ratio)
         sides = [round((volume * ratio) ** (1 / 3)), round((volume / ratio) ** (1 / 3)), shape[2]]
         if rng.uniform() < 0.5:
             sides = [sides[i] for i in rng.permutation(3)]

@@ -16,10 +16,11 @@ from ..errors import SpecError
 from ..spec import ModelSpec, ZScoreNorm
 from . import article
 from .cascade import append_labels, disturb_labels
+from .config import Transforms
 from .sampler import Sample, enlarge
 from .targets import make_targets
 
-Augmentation = Literal["nnunet", "article", "none"]
+Augmentation = Literal["nnunet", "article", "none"] | Transforms
 
 _FLAT = 3.0  # a patch this much longer than deep is rotated in its slices only
 
@@ -58,7 +59,7 @@ class Augment:
 
     Parameters
     ----------
-    kind : "nnunet", "article" (3-D only) or "none", as a validation's patches are made
+    kind : "nnunet", "article" or its numbers (3-D only), or "none", as a validation's patches are made
     scales : size of every target as shares of the patch's axes, finest first; see `networks.supervision_scales`
 
     Raises
@@ -68,7 +69,8 @@ class Augment:
     """
 
     def __init__(self, spec: ModelSpec, kind: Augmentation, scales: Sequence[Sequence[float]] = ((1.0, 1.0, 1.0),)) -> None:
-        if kind == "article" and spec.dimensions == 2:
+        kind = Transforms() if kind == "article" else kind
+        if isinstance(kind, Transforms) and spec.dimensions == 2:
             raise SpecError(f"augmentation: 'article' turns volumes and {spec.name} sees slices; use 'nnunet' or 'none'")
         self._spec, self._kind, self._scales = spec, kind, tuple(tuple(scale) for scale in scales)
         self._transforms = _nnunet_transforms(spec) if kind == "nnunet" else ()
@@ -86,8 +88,8 @@ class Augment:
             if self._kind == "nnunet":
                 with _drawing_from(rng):
                     image, labels = self._nnunet(image, labels)
-            elif self._kind == "article":
-                image, labels = article.augment(image, labels, self._spec.inference.patch, rng)
+            elif isinstance(self._kind, Transforms):
+                image, labels = article.augment(image, labels, self._spec.inference.patch, rng, self._kind)
             if self._spec.previous is not None:
                 image = append_labels(image, labels[1], self._spec.previous.values)
                 if self._kind == "nnunet":

@@ -9,14 +9,40 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ..errors import SpecError
-from ..spec import Part, Size
+from ..spec import Part, Size, Triple
 
 Model = Literal["nnunet", "vnet"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
 
 # what may differ between the run that wrote a checkpoint and the one that goes on from it: none of these changes a weight
 FREE = frozenset({"schema_version", "folds", "split", "workers", "keep", "save_interval", "log_interval", "weights", "profile", "device"})
+
+
+class Transforms(Part):
+    """The article's three transforms in numbers, in their order.
+
+    Attributes
+    ----------
+    scale : smallest and largest share of the volume that is cut out and resized to the patch; None cuts nothing
+    ratio : smallest and largest ratio of two of its sides
+    degrees : largest rotation to either side about one axis; 0 for none
+    flip : chance of a flip along one axis
+    """
+
+    scale: tuple[float, float] | None = (0.8, 1.2)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    degrees: Annotated[float, Field(ge=0, le=180)] = 90.0
+    flip: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Transforms:
+        for name in ("scale", "ratio"):
+            pair = getattr(self, name)
+            if pair is not None and not 0 < pair[0] <= pair[1]:
+                raise ValueError(f"{name}: expected two numbers above 0, the smaller first, got {pair}")
+        return self
 
 
 class TrainConfig(Part):
@@ -29,10 +55,10 @@ class TrainConfig(Part):
     split : "kfold" (nnU-Net's five), "shuffled:0.75" or "sorted:0.8" (one fold with that share in training), or the path of a JSON file;
         "auto" is the dataset's own where it has one, else kfold, for a V-Net shuffled:0.75
     iterations, minutes : how long; with `minutes` the training ends after that time where `iterations` is not reached before, and poly and
-        cosine fall over whichever comes first
+        cosine fall over whichever comes first; only the iterations' own time counts, not that of validations and checkpoints
     memory_gb : GPU memory nnU-Net's planner plans for, instead of the preset's
     batch_size, patch, width : override the plan; width is a factor on the network's features
-    window, sliding, resampling : of a V-Net, see `plan_vnet`; `patch` is the shape its images are resized to
+    window, sliding, resampling, elu, kernels, strides : of a V-Net, see `plan_vnet`; `patch` is the shape its images are resized to
     cache : dtype of prepared cases on disk
     momentum, nesterov : of SGD
     betas : of Adam and AdamW
@@ -40,6 +66,11 @@ class TrainConfig(Part):
     schedule : per iteration, or per epoch under `schedule_by_epoch` (nnU-Net). poly falls to `end_lr` over `decay_iterations` (None: the
         whole training) by `power`; step multiplies by `gamma` every `step_iterations`; cosine falls to `end_lr`
     loss : dice_ce (nnU-Net; Dice + BCE where the model has regions) or mixed (the article's CE + Dice)
+    coefficients : of cross-entropy and Dice
+    class_weights : of the cross-entropy, background first: none, numbers, or batch (mixed only: (1 - p) / p of each batch's mean p)
+    batch_dice : whether the Dice of dice_ce sums over the whole batch, instead of the plan's choice
+    dice_activation : what the Dice of mixed makes of the logits
+    transforms : of augmentation article
     mirroring : whether patches and predictions are mirrored where the plan says so; not, when sides have labels of their own
     oversampling : share of a batch whose patches are made to hold foreground
     precision : of the forward pass; weights and optimizer stay float32. "auto" is nnU-Net's choice: fp16 on a GPU, fp32 on a CPU
@@ -66,6 +97,9 @@ class TrainConfig(Part):
     window: Literal["auto", "article", "abdomen", "percentile", "zscore", "none"] | tuple[float, float] = "auto"
     sliding: bool = False
     resampling: Literal["linear", "cubic"] = "linear"
+    elu: bool = False
+    kernels: tuple[Triple, Triple, Triple, Triple] | None = None
+    strides: tuple[Triple, Triple, Triple, Triple] | None = None
     cache: Literal["float32", "float16"] = "float32"
     deep_supervision: bool = True
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -83,7 +117,12 @@ class TrainConfig(Part):
     step_iterations: Positive = 10_000
     gamma: float = Field(0.1, gt=0, le=1)
     loss: Literal["dice_ce", "mixed"] = "dice_ce"
+    coefficients: tuple[Weight, Weight] = (1.0, 1.0)
+    class_weights: Literal["none", "batch"] | tuple[Weight, ...] = "none"
+    batch_dice: bool | None = None
+    dice_activation: Literal["sigmoid", "softmax"] = "sigmoid"
     augmentation: Literal["nnunet", "article", "none"] = "nnunet"
+    transforms: Transforms = Transforms()
     mirroring: bool = True
     oversampling: Fraction = 0.33
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -108,7 +147,14 @@ class TrainConfig(Part):
             raise ValueError("momentum: nesterov needs more than 0")
         if len(set(self.folds)) != len(self.folds):
             raise ValueError(f"folds: expected no fold twice, got {self.folds}")
+        if not any(self.coefficients):
+            raise ValueError("coefficients: expected at least one above 0, or there is no loss")
         return self
+
+    @property
+    def augment(self) -> Literal["nnunet", "none"] | Transforms:
+        """The augmentation with its numbers."""
+        return self.transforms if self.augmentation == "article" else self.augmentation
 
     @property
     def epochs(self) -> int:

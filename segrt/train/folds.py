@@ -104,6 +104,9 @@ class Fold:
                 batch_dice=configuration.batch_dice,
                 deep_supervision=supervised,
                 distributed=processes() > 1,
+                coefficients=config.coefficients,
+                class_weights=config.class_weights,
+                dice_activation=config.dice_activation,
             ),
             batches=self.batches("training"),
             validation=self.batches("validation"),
@@ -118,7 +121,7 @@ class Fold:
         """Batches of this fold's cases, this process's share of each."""
         training = stream == "training"
         config = self.config
-        augmentation: Augmentation = config.augmentation if training else "none"
+        augmentation: Augmentation = config.augment if training else "none"
         return Batches(
             self.prepared.select(self.split.train if training else self.split.validation),
             self.configuration,
@@ -203,7 +206,7 @@ def _draw_samples(fold: Fold) -> None:
     source = Batches(
         fold.prepared.select(fold.split.train),
         fold.configuration,
-        augmentation=fold.config.augmentation,
+        augmentation=fold.config.augment,
         oversampling=fold.config.oversampling,
         seed=fold.config.seed,
         workers=0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ def build_loss(
     distributed: bool = False,
     coefficients: tuple[float, float] = (1.0, 1.0),
     class_weights: ClassWeights = "none",
+    dice_activation: Literal["sigmoid", "softmax"] = "sigmoid",
 ) -> SupervisedLoss:
     """Make the loss a model is trained with.
 
@@ -38,26 +39,53 @@ def build_loss(
     batch_dice : Dice of the whole batch instead of each sample's
     deep_supervision : the network returns the logits of all its levels
     distributed : several processes share a batch; see `over_processes`
-    coefficients, class_weights : of "mixed"; see `MixedLoss`
+    coefficients : of cross-entropy and Dice
+    class_weights : of the cross-entropy; regions have none, and only "mixed" knows those by name, see `MixedLoss`
+    dice_activation : of "mixed"
 
     Raises
     ------
     SpecError
-        When the model has no foreground, or "mixed" is asked for regions.
+        When the model has no foreground, "mixed" or class weights are asked for regions, or there are not as many weights as classes.
     """
     regions, ignore = spec.head.activation == "sigmoid", spec.ignore is not None
+    shared: dict[str, Any] = {"coefficients": coefficients, "distributed": distributed}
     if not regions and spec.classes < 2:
         raise SpecError(f"head.values: expected background and at least one label, got {spec.head.values}; there is nothing to learn")
     if regions and kind == "mixed":
         raise SpecError("loss: 'mixed' needs labels that exclude each other, this model has regions; use 'dice_ce'")
+    numbers = check_class_weights(class_weights, spec, kind)
     if kind == "mixed":
-        loss: nn.Module = MixedLoss(spec.classes, coefficients=coefficients, class_weights=class_weights, distributed=distributed)
+        loss: nn.Module = MixedLoss(spec.classes, class_weights=class_weights, activation=dice_activation, **shared)
     elif regions:
-        loss = RegionLoss(batch_dice=batch_dice, ignore=ignore, distributed=distributed)
+        loss = RegionLoss(batch_dice=batch_dice, ignore=ignore, **shared)
     else:
-        loss = DiceCELoss(batch_dice=batch_dice, ignore=ignore, distributed=distributed)
+        loss = DiceCELoss(batch_dice=batch_dice, ignore=ignore, class_weights=numbers, **shared)
     weights = supervision_weights(spec.network) if deep_supervision else (1.0,)
     return SupervisedLoss(loss, weights, distributed=distributed)
+
+
+def check_class_weights(weights: ClassWeights, spec: ModelSpec, kind: str) -> tuple[float, ...] | None:
+    """Give the weights that are numbers, one per class.
+
+    Raises
+    ------
+    SpecError
+        See `build_loss`.
+    """
+    if weights == "none":
+        return None
+    if spec.head.activation == "sigmoid":
+        raise SpecError("class_weights: this model has regions, which are learned one by one; leave them out")
+    if isinstance(weights, str):
+        if kind != "mixed":
+            raise SpecError(f"class_weights: {weights!r} belongs to loss 'mixed'; use that, or give a number per class")
+        return None
+    if len(weights) != spec.classes or not any(weights):
+        raise SpecError(
+            f"class_weights: expected one number for each of the {spec.classes} classes (background first), not all 0, got {weights}"
+        )
+    return weights
 
 
 def supervision_weights(network: NetworkSpec) -> tuple[float, ...]:
@@ -118,21 +146,35 @@ class SupervisedLoss(nn.Module):
 
 
 class DiceCELoss(nn.Module):
-    """Cross-entropy minus soft Dice of the softmax, background left out of Dice: nnU-Net's loss for labels."""
+    """Cross-entropy minus soft Dice of the softmax, background left out of Dice: nnU-Net's loss for labels.
 
-    def __init__(self, *, batch_dice: bool = False, ignore: bool = False, distributed: bool = False) -> None:
+    nnU-Net's coefficients are 1 and 1, and its classes count alike; the parts are given without their coefficients.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_dice: bool = False,
+        ignore: bool = False,
+        distributed: bool = False,
+        coefficients: tuple[float, float] = (1.0, 1.0),
+        class_weights: tuple[float, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.batch_dice, self.ignore, self.distributed = batch_dice, ignore, distributed
+        self.coefficients, self.class_weights = coefficients, class_weights
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
         """(N, K, ...) and class indices (N, ...) or (N, 1, ...) -> loss and parts."""
         target = _indices(logits, target)
         logs = functional.log_softmax(logits.to(_real(logits.dtype)), 1)
-        ce = functional.nll_loss(logs, target, ignore_index=IGNORED) if not self.ignore else _nll(logs, target)
+        weights = None if self.class_weights is None else logs.new_tensor(self.class_weights)
+        plain = weights is None and not self.ignore
+        ce = functional.nll_loss(logs, target, ignore_index=IGNORED) if plain else _nll(logs, target, weights)
         mask = (target != IGNORED)[:, None] if self.ignore else None
         sums = soft_sums(logs[:, 1:].exp(), _one_hot(target, logits.shape[1])[:, 1:], mask)
         dice = soft_dice_loss(sums, batch=self.batch_dice, everywhere=self.distributed)
-        return ce + dice, {"ce": ce, "dice": dice}
+        return self.coefficients[0] * ce + self.coefficients[1] * dice, {"ce": ce, "dice": dice}
 
 
 class RegionLoss(nn.Module):
@@ -141,9 +183,16 @@ class RegionLoss(nn.Module):
     With `ignore` the cross-entropy is the sum over regions of their means over voxels, without it the mean of these, as in nnU-Net.
     """
 
-    def __init__(self, *, batch_dice: bool = False, ignore: bool = False, distributed: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        batch_dice: bool = False,
+        ignore: bool = False,
+        distributed: bool = False,
+        coefficients: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         super().__init__()
-        self.batch_dice, self.ignore, self.distributed = batch_dice, ignore, distributed
+        self.batch_dice, self.ignore, self.distributed, self.coefficients = batch_dice, ignore, distributed, coefficients
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
         """(N, K, ...) and as many 0 and 1, -1 in all channels where ignored -> loss and parts."""
@@ -153,7 +202,7 @@ class RegionLoss(nn.Module):
         if mask is not None:
             ce = (ce * mask).sum() / mask.sum().clamp_min(1)
         dice = soft_dice_loss(soft_sums(logits.sigmoid(), truth, mask), batch=self.batch_dice, everywhere=self.distributed)
-        return ce + dice, {"ce": ce, "dice": dice}
+        return self.coefficients[0] * ce + self.coefficients[1] * dice, {"ce": ce, "dice": dice}
 
 
 class MixedLoss(nn.Module):

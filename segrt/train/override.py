@@ -8,6 +8,7 @@ from ..errors import SpecError
 from ..spec import ModelSpec, UNetSpec, parse_spec
 from .config import TrainConfig
 from .configuration import Configuration, Plan
+from .losses import check_class_weights
 
 
 def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = None) -> Configuration:
@@ -16,17 +17,20 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
     Raises
     ------
     SpecError
-        When the plan has no such configuration, or its network cannot take that patch.
+        When the plan has no such configuration, its network cannot take that patch, or it has not as many classes as there are weights.
     """
     name = name or config.configuration
     if name not in plan.configurations:
         raise SpecError(f"configuration: expected one the plan has ({', '.join(plan.configurations)}), got {name!r}")
     planned = plan.configurations[name]
     changes: dict[str, Any] = {"spec": _spec(planned.spec, config)}
+    check_class_weights(config.class_weights, planned.spec, config.loss)
     if config.batch_size:
         changes["batch_size"] = config.batch_size
     if not config.deep_supervision:
         changes["deep_supervision"] = False
+    if config.batch_dice is not None:
+        changes["batch_dice"] = config.batch_dice
     return planned.model_copy(update=changes)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, check_replaceable, write_atomic
+from .cases import Dataset
 from .config import TrainConfig
 from .configuration import Plan
 from .dataset import open_dataset
@@ -22,7 +23,7 @@ from .work import Trained, Work, in_turn, labels_of
 
 
 def train_model(
-    source: str | Path,
+    source: str | Path | Dataset,
     output: str | Path,
     config: TrainConfig,
     *,
@@ -35,6 +36,7 @@ def train_model(
     pairs: bool = True,
     force: bool = False,
     dataset_options: Mapping[str, Any] | None = None,
+    reports: Mapping[str, str] | None = None,
     show: Show | None = None,
 ) -> Bundle | None:
     """Train a model on a folder of images with labels, and write it as a bundle.
@@ -44,7 +46,7 @@ def train_model(
 
     Parameters
     ----------
-    source : dataset folder, see `open_dataset`
+    source : dataset, or its folder, see `open_dataset`
     output : the bundle to write
     work : folder for prepared cases, checkpoints and records; by default `output` with .train at its end
     shared : folder for prepared cases and what was read of the dataset, where several trainings have that in common; by default `work`
@@ -55,6 +57,7 @@ def train_model(
     pairs : every pair of the candidates is one too, see `segrt.train.pairs`
     force : replace a bundle at `output`
     dataset_options : further arguments of `open_dataset`
+    reports : file name -> text that goes into the bundle's reports too
 
     Returns
     -------
@@ -68,7 +71,7 @@ def train_model(
     target = Path(output)
     if not (plan_only or prepare_only):
         check_replaceable(target, force=force)
-    dataset = open_dataset(source, **(dataset_options or {}))
+    dataset = source if isinstance(source, Dataset) else open_dataset(source, **(dataset_options or {}))
     for fold in () if plan_only else config.folds:
         split_of(dataset, config, fold)  # what cannot be split is said before anything is read
     device = choose_device(config.device)
@@ -78,6 +81,8 @@ def train_model(
     place = Work(folder, dataset, config, device, Path(shared) if shared else folder, show or Show())
     if rank() == 0:
         write_atomic(place.folder / "config.json", config.to_json())
+        for name, text in (reports or {}).items():
+            write_atomic(place.folder / "reports" / name, text)
     in_turn(lambda: check_once(place))
     fingerprint = in_turn(lambda: measure_once(place))
     chosen = in_turn(lambda: plan_once(place, fingerprint, plan))

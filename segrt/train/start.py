@@ -58,6 +58,9 @@ def plan_once(place: Work, fingerprint: Fingerprint, given: str | Path | None) -
             resampling=config.resampling,
             width=config.width,
             deep_supervision=config.deep_supervision,
+            elu=config.elu,
+            kernels=config.kernels,
+            strides=config.strides,
         )
     else:
         plan = plan_nnunet(place.dataset, fingerprint, planner=config.planner, memory_gb=config.memory_gb)

@@ -26,9 +26,11 @@ from .configuration import UNTRAINED, Configuration, Plan, head_of, labels_of
 from .fingerprint import Fingerprint, Intensities
 
 Window = Literal["auto", "article", "abdomen", "percentile", "zscore", "none"]
+Steps = tuple[Shape3, Shape3, Shape3, Shape3]
 
 WINDOWS = {"article": (-1200.0, 600.0), "abdomen": (-160.0, 240.0)}  # HU
 BATCH = 6
+_HALVING: Steps = ((2, 2, 2),) * 4
 OVERLAP = 16  # voxels by which sliding windows overlap, at most a quarter of the patch
 
 
@@ -42,6 +44,9 @@ def plan_vnet(
     resampling: Literal["linear", "cubic"] = "linear",
     width: float = 1.0,
     deep_supervision: bool = False,
+    elu: bool = False,
+    kernels: Steps | None = None,
+    strides: Steps | None = None,
 ) -> Plan:
     """Give the one configuration "vnet", complete with its way back onto the image's own grid.
 
@@ -55,6 +60,8 @@ def plan_vnet(
     resampling : "linear" resizes images by order 1 and labels to the nearest, as the public code does; "cubic" both by order 3, labels as
         indicators, as the article prints it (the label with the largest indicator wins; the article's code takes the last above 0.5)
     width : factor on the network's features
+    elu : ELU instead of PReLU
+    kernels, strides : (z, y, x) of the network's four steps down, finest first; 2 along every axis where None
 
     Raises
     ------
@@ -65,19 +72,29 @@ def plan_vnet(
     ----------
     Milletari et al. 2016, V-Net, doi:10.1109/3DV.2016.79; MedicalSeg's configuration of it for CT.
     """
-    _check(dataset, fingerprint, shape, width)
+    _check(dataset, fingerprint, width)
+    head = head_of(dataset)
+    network = VNetSpec(
+        in_channels=len(dataset.channels),
+        out_channels=len(head.values),
+        width=width,
+        elu=elu,
+        kernels=kernels or _HALVING,
+        strides=strides or _HALVING,
+        deep_supervision=deep_supervision,
+    )
+    if refusal := network.refusal(shape):
+        raise InputError(f"shape: a V-Net halves its input four times: {refusal}")
     spacing = np.median(np.asarray(fingerprint.spacings), axis=0).tolist()
     median = np.median(np.asarray(fingerprint.shapes), axis=0).tolist()
     target = SpacingTarget(spacing=tuple(spacing)) if sliding else ShapeTarget(shape=shape)
     image, labels = (Resampling(order=1, separate=False), Resampling(order=0, separate=False))
     if resampling == "cubic":
         image = labels = Resampling(order=3, separate=False)
-    head = head_of(dataset)
     channels = tuple(
         Channel(name=name, normalization=_normalization(_named(window, name), values, name))
         for name, values in zip(dataset.channels, fingerprint.intensities, strict=True)
     )
-    network = VNetSpec(in_channels=len(channels), out_channels=len(head.values), width=width, deep_supervision=deep_supervision)
     spec = ModelSpec(
         name=dataset.name,
         source="segrt-train, V-Net",
@@ -113,7 +130,7 @@ def plan_vnet(
     )
 
 
-def _check(dataset: Dataset, fingerprint: Fingerprint, shape: Shape3, width: float) -> None:
+def _check(dataset: Dataset, fingerprint: Fingerprint, width: float) -> None:
     if len(fingerprint.intensities) != len(dataset.channels):
         raise InputError(
             f"the fingerprint is of {len(fingerprint.intensities)} channels, dataset {dataset.name} has {len(dataset.channels)}; "
@@ -123,8 +140,6 @@ def _check(dataset: Dataset, fingerprint: Fingerprint, shape: Shape3, width: flo
         raise InputError(f"dataset {dataset.name} holds single slices, and a V-Net sees volumes; train an nnU-Net (2d) on it")
     if not 1 / 16 <= width <= 64:
         raise InputError(f"width: expected 1/16 to 64 times the V-Net's 16 features, got {width:g}")
-    if refusal := VNetSpec(in_channels=1, out_channels=2).refusal(shape):
-        raise InputError(f"shape: a V-Net halves its input four times: {refusal}")
 
 
 def _named(window: Window | tuple[float, float], channel: str) -> Window | tuple[float, float]:

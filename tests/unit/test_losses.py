@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -134,6 +134,7 @@ def test_what_cannot_be_trained_is_a_sentence() -> None:
 
 LOSSES: dict[str, Any] = {
     "labels": DiceCELoss(ignore=True),
+    "labels, weighted": DiceCELoss(ignore=True, coefficients=(0.3, 2.0), class_weights=(0.2, 1.0, 3.0)),
     "batch": DiceCELoss(batch_dice=True, ignore=True),
     "regions": RegionLoss(ignore=True),
     "regions, batch": RegionLoss(batch_dice=True, ignore=True),
@@ -267,3 +268,70 @@ def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
         answers.append([float(v) for v in texts[0].strip(" []\n").split(",")])
     assert answers[0] == pytest.approx(answers[1], abs=2e-6)
     assert answers[0][-1] < answers[0][0]
+
+
+# ------------------------------------------------------------------ coefficients and class weights against their definition
+def _by_definition(name: str, x: np.ndarray, target: np.ndarray, weights: tuple[float, ...]) -> tuple[float, float]:
+    """Cross-entropy and Dice part in float64, voxel by voxel; x (N, K, V), target (N, V) with -1 left out."""
+    samples, classes, voxels = x.shape
+    probabilities = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    total = share = 0.0
+    for n in range(samples):
+        for v in range(voxels):
+            if (k := int(target[n, v])) >= 0:
+                total -= weights[k] * math.log(probabilities[n, k, v])
+                share += weights[k]
+    known = target >= 0
+    truth = np.stack([target == k for k in range(classes)], 1).astype(float)
+    if name == "mixed":
+        p = 1 / (1 + np.exp(-x)) * known[:, None]
+        dice = 2 * (p * truth).sum((0, 2)) / (p**2 + truth).sum((0, 2))
+        return total / share, 1 - dice.mean()
+    p = (probabilities * known[:, None])[:, 1:]
+    dice = (2 * (p * truth[:, 1:]).sum(2) + 1e-5) / (p.sum(2) + truth[:, 1:].sum(2) + 1e-5)
+    return total / share, -dice.mean()
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, 1.0, 3.0), (0.0, 2.0, 1.0)])
+@pytest.mark.parametrize("coefficients", [(1.0, 1.0), (0.3, 2.0), (0.0, 1.0), (2.5, 0.0)])
+@pytest.mark.parametrize("kind", ["dice_ce", "mixed"])
+def test_coefficients_and_weights_equal_their_definition(
+    kind: Literal["dice_ce", "mixed"], coefficients: tuple[float, float], weights: tuple[float, ...], ignore: bool
+) -> None:
+    x, target = logits(2, 3, 2, 3, 4).detach().double(), labels(4 if ignore else 3, 2, 1, 2, 3, 4)
+    target = torch.where(target == 3, -1, target)
+    spec = make_spec(ignore=7 if ignore else None)
+    loss, parts = build_loss(spec, kind=kind, coefficients=coefficients, class_weights=weights)(x, target)
+    ce, dice = _by_definition(kind, x.reshape(2, 3, -1).numpy(), target.reshape(2, -1).numpy(), weights)
+    assert float(parts["ce"]) == pytest.approx(ce, rel=1e-12)
+    assert float(parts["dice"]) == pytest.approx(dice, rel=1e-12)
+    assert float(loss) == pytest.approx(coefficients[0] * ce + coefficients[1] * dice, rel=1e-12)
+
+
+@pytest.mark.parametrize("coefficients", [(0.3, 2.0), (1.0, 0.0)])
+def test_coefficients_of_regions(coefficients: tuple[float, float]) -> None:
+    x, target = logits(2, 3, 2, 3, 4).detach().double(), region_targets(labels(3, 2, 1, 2, 3, 4))
+    loss, parts = build_loss(make_spec(activation="sigmoid"), coefficients=coefficients)(x, target)
+    p, y = x.sigmoid(), (target > 0).double()
+    ce = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+    dice = -((2 * (p * y).sum((2, 3, 4)) + 1e-5) / (p.sum((2, 3, 4)) + y.sum((2, 3, 4)) + 1e-5)).mean()
+    assert float(parts["ce"]) == pytest.approx(float(ce), rel=1e-12)
+    assert float(loss) == pytest.approx(float(coefficients[0] * ce + coefficients[1] * dice), rel=1e-12)
+
+
+def test_dice_of_the_softmax_where_it_is_asked_for() -> None:
+    loss = build_loss(make_spec(), kind="mixed", dice_activation="softmax").loss
+    assert isinstance(loss, MixedLoss)
+    assert loss.activation == "softmax"
+
+
+def test_class_weights_that_do_not_fit_are_a_sentence() -> None:
+    with pytest.raises(SpecError, match=r"expected one number for each of the 3 classes \(background first\), not all 0, got \(1.0, 2.0\)"):
+        build_loss(make_spec(), class_weights=(1.0, 2.0))
+    with pytest.raises(SpecError, match="not all 0"):
+        build_loss(make_spec(), class_weights=(0.0, 0.0, 0.0))
+    with pytest.raises(SpecError, match="'batch' belongs to loss 'mixed'"):
+        build_loss(make_spec(), class_weights="batch")
+    with pytest.raises(SpecError, match="this model has regions, which are learned one by one"):
+        build_loss(make_spec(activation="sigmoid"), class_weights=(1.0, 2.0, 3.0))

@@ -14,6 +14,7 @@ from segrt.spec import Channel, Head, Label, NoNorm, PreviousStage, ZScoreNorm
 from segrt.train import article, augment
 from segrt.train.augment import Augment, Rotation, initial_patch, plan_rotation
 from segrt.train.cascade import append_labels, disturb_labels, remove_component
+from segrt.train.config import Transforms, make_config
 from segrt.train.sampler import Sample
 from segrt.train.targets import make_targets
 
@@ -327,3 +328,32 @@ def test_a_head_may_name_its_values_in_any_order() -> None:
     spec = make_spec().model_copy(update={"head": Head(activation="softmax", values=(2, 0, 1))})
     [target] = make_targets(torch.tensor([[[0, 1, 2, -1]]], dtype=torch.int16), spec, [(1, 1, 1)])
     assert target.tolist() == [[[1, 2, 0, 1]]]
+
+
+def test_the_articles_transforms_in_other_numbers() -> None:
+    image, labels = torch.rand(1, 8, 8, 8), torch.randint(0, 3, (1, 8, 8, 8), dtype=torch.int16)
+    same = article.augment(image, labels, (8, 8, 8), _rng(), Transforms(scale=None, degrees=0, flip=0))
+    assert torch.equal(same[0], image)
+    assert torch.equal(same[1], labels)
+    rng = _rng()
+    for _ in range(20):
+        found = article.augment(image, labels, (8, 8, 8), rng, Transforms(scale=None, degrees=0, flip=1))[0]
+        assert any(torch.equal(found, image.flip(axis)) for axis in (1, 2, 3))
+    rng = _rng()
+    for _ in range(50):
+        _, sides = article._box((32, 32, 32), rng, Transforms(scale=(0.2, 0.3), ratio=(1, 1)))
+        shorter, same_length, whole = sorted(sides)
+        assert shorter == same_length
+        assert whole == 32
+        assert 0.17 < (shorter / 32) ** 3 < 0.33
+
+
+def test_the_configurations_numbers_reach_the_transforms() -> None:
+    spec = make_spec(patch=(8, 8, 8), network=UNET_3D)
+    data = np.random.default_rng(0).normal(size=(spec.in_channels, 8, 8, 8)).astype(np.float32)
+    sample = Sample("a", data, np.ones((8, 8, 8), np.int16), None)
+    still = make_config("vnet", transforms=Transforms(scale=None, degrees=0, flip=0))
+    np.testing.assert_array_equal(Augment(spec, still.augment)(sample, _rng())[0].numpy(), sample.data)
+    moved = Augment(spec, make_config("vnet").augment)(sample, _rng())[0].numpy()
+    assert not np.array_equal(moved, sample.data)
+    assert make_config("nnunet").augment == "nnunet"
