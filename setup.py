@@ -38,7 +38,7 @@ CUDA = ["cupy-cuda13x>=14.2,<15", "numba-cuda[cu13]>=0.30.4,<0.31", "numpy<2.5",
 
 EXTRAS = {
     "export": [*TORCH, "onnx>=1.21", "onnxscript>=0.7"],
-    "train": [*TORCH, "batchgeneratorsv2>=0.3.6,<0.4", "blosc2>=4.1,<5", "tensorboard>=2.19", "matplotlib>=3.9"],
+    "train": [*TORCH, "batchgeneratorsv2>=0.3.6,<0.4", "blosc2>=4.1,<5", "tensorboard>=2.19", "matplotlib>=3.9", "PyYAML>=6"],
     # ort and gpu write the same folder of site-packages and pip does not notice: never install both.
     "ort": ["onnxruntime>=1.31,<2"],
     "gpu": [*CUDA, "onnxruntime-gpu>=1.31,<2"],
@@ -61,6 +61,7 @@ EXTRAS = {
         "scipy>=1.14",
         "scikit-image>=0.25",
         "nibabel>=5.3",
+        "types-PyYAML>=6",
         "ruff>=0.14",
         "mypy>=1.18",
     ],
