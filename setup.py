@@ -84,6 +84,7 @@ setup(
         "console_scripts": [
             "segrt-build = segrt.cli.build:main",
             "segrt-predict = segrt.cli.predict:main",
+            "segrt-study = segrt.cli.study:main",
             "segrt-train = segrt.cli.train:main",
         ]
     },

@@ -14,6 +14,7 @@ from ..errors import InputError
 
 Rows = list[dict[str, str]]
 _POINTS = 400  # of a curve; a longer training is averaged down to them
+_SMOOTH = 80  # where many curves share a panel, whose noise would hide them
 
 
 def read_rows(path: Path) -> Rows:
@@ -73,6 +74,58 @@ def write_curves(path: str | Path, runs: Mapping[str, str | Path]) -> None:
     figure.savefig(path, dpi=100)
 
 
+def write_comparison(path: str | Path, runs: Mapping[tuple[str, str], Sequence[Path]]) -> None:
+    """Write a picture of a study: loss and validation Dice of all runs, over iterations on the left and over training time on the right.
+
+    The losses of each model have a row of their own, for models may differ in what they minimise. Time is the sum of the iterations'.
+
+    Parameters
+    ----------
+    path : file to write
+    runs : (model, optimizer) -> folders with training.csv and validation.csv, one per fold
+
+    Raises
+    ------
+    InputError
+        When there is no run.
+    BackendError
+        When matplotlib is not installed.
+    """
+    if not runs:
+        raise InputError("curves: no run given, expected at least one")
+    models, optimizers = (list(dict.fromkeys(names)) for names in zip(*runs, strict=True))
+    figure = require("matplotlib.figure", extra="report").Figure(figsize=(13, 3.6 * (len(models) + 1)), layout="constrained")
+    panels = figure.subplots(len(models) + 1, 2, sharex="col", sharey="row", squeeze=False)
+    for (model, optimizer), folders in runs.items():
+        look = {"color": f"C{optimizers.index(optimizer)}", "linestyle": ("-", "--", ":", "-.")[models.index(model) % 4]}
+        for number, folder in enumerate(folders):
+            label = f"{model}, {optimizer}" if number == 0 else None
+            rows, checks = read_rows(folder / "training.csv"), read_rows(folder / "validation.csv")
+            minutes = np.cumsum([0.0, *(float(row["batch_cost"]) for row in rows)]) / 60
+            for column, scale in enumerate((np.arange(len(minutes)), minutes)):
+                _trace(panels[models.index(model), column], rows, "loss", scale, look | {"label": label}, points=_SMOOTH)
+                _trace(panels[-1, column], checks, "dice", scale, look | {"label": label, "marker": "."}, points=_POINTS)
+    for row, title in zip(
+        panels, [*(f"training loss of {model}" for model in models), "validation Dice (pseudo, on patches)"], strict=True
+    ):
+        row[0].set_ylabel(title)
+        for panel in row:
+            panel.grid(alpha=0.3)
+            if panel.has_data():
+                panel.legend(fontsize=8)
+    for panel, unit in zip(panels[-1], ("iteration", "training time (min)"), strict=True):
+        panel.set_xlabel(unit)
+    figure.savefig(path, dpi=100)
+
+
+def _trace(panel: Any, rows: Rows, column: str, scale: Array, look: Mapping[str, Any], *, points: int) -> None:
+    """A curve over `scale`[iteration]."""
+    values = [(scale[int(row["iteration"])], float(row[column])) for row in rows if row.get(column) and int(row["iteration"]) < len(scale)]
+    if values:
+        x, y = _thin(values, points)
+        panel.plot(x, y, linewidth=1.2, **look)
+
+
 def _draw(panel: Any, rows: Rows, column: str, label: str, *, style: str = "-", alpha: float = 1.0) -> None:
     points = [(int(row["iteration"]), float(row[column])) for row in rows if row.get(column)]
     if points:
@@ -80,8 +133,8 @@ def _draw(panel: Any, rows: Rows, column: str, label: str, *, style: str = "-", 
         panel.plot(x, y, style, label=label, alpha=alpha, linewidth=1.2, marker="." if len(x) == 1 else None)
 
 
-def _thin(points: Sequence[tuple[int, float]]) -> tuple[Array, Array]:
-    """At most `_POINTS` means of neighbours."""
-    parts = np.array_split(np.asarray(points, np.float64), min(len(points), _POINTS))
+def _thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> tuple[Array, Array]:
+    """At most that many means of neighbours."""
+    parts = np.array_split(np.asarray(points, np.float64), min(len(points), most))
     x, y = zip(*(part.mean(0) for part in parts), strict=True)
     return np.asarray(x), np.asarray(y)
