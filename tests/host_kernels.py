@@ -1,6 +1,6 @@
 """CUDA C compiled as C++ and run thread by thread on the host, reads through `fetch` checked: what it computes is tested without a GPU.
 
-Threads run one after the other, so this is for kernels in which no thread waits for another.
+Threads run one after the other; where they wait for each other, those of a block are threads of the host.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from segrt.kernels._cuda import native
+
 _SHIM = """
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
+#include <thread>
+#include <vector>
+#include <pthread.h>
 using std::min;
 using std::max;
 #define HOST 1
@@ -31,7 +35,12 @@ using std::max;
 #define __align__(n) alignas(n)
 #define HOLD(kind, value)
 struct Index { int x, y, z; };
-static Index blockIdx, threadIdx, blockDim, gridDim;
+static thread_local Index blockIdx, threadIdx;
+static Index blockDim, gridDim;
+static pthread_barrier_t barrier;
+static float shared_memory[1 << 14];
+#define SHARED(name) float* name = shared_memory
+#define BARRIER() pthread_barrier_wait(&barrier)
 static double __dmul_rn(double a, double b) { return a * b; }
 static double __dadd_rn(double a, double b) { return a + b; }
 static float widen(float value) { return value; }
@@ -47,17 +56,28 @@ template <class T> static T fetch(const T* address) {
 }
 static float fetch_sum(const float* address) { return *address; }
 static void store_sum(float* address, float value) { *address = value; }
+template <class Body> static void each(Index count, Index& index, Body body) {
+    for (index.z = 0; index.z < count.z; ++index.z)
+        for (index.y = 0; index.y < count.y; ++index.y)
+            for (index.x = 0; index.x < count.x; ++index.x) body();
+}
 template <auto F> struct Runner;
 template <class... A, void (*F)(A...)> struct Runner<F> {
-    static void run(const int* grid, const int* block, A... a) {
+    static void run(int waiting, const int* grid, const int* block, A... a) {
         gridDim = {grid[0], grid[1], grid[2]};
         blockDim = {block[0], block[1], block[2]};
-        for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
-            for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-                for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
-                    for (threadIdx.z = 0; threadIdx.z < blockDim.z; ++threadIdx.z)
-                        for (threadIdx.y = 0; threadIdx.y < blockDim.y; ++threadIdx.y)
-                            for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) F(a...);
+        if (!waiting) return each(gridDim, blockIdx, [&] { each(blockDim, threadIdx, [&] { F(a...); }); });
+        std::vector<std::thread> threads;
+        pthread_barrier_init(&barrier, nullptr, block[0] * block[1] * block[2]);
+        Index mine;
+        each(blockDim, mine, [&] {
+            threads.emplace_back([=] {
+                threadIdx = mine;
+                each(gridDim, blockIdx, [&] { F(a...); BARRIER(); });
+            });
+        });
+        for (auto& thread : threads) thread.join();
+        pthread_barrier_destroy(&barrier);
     }
 };
 """
@@ -70,16 +90,16 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def run_on_host(source: Path, call: Any) -> None:
-    """Run a `Call` on arrays that lie on the host; none of its reads of logits may leave them."""
-    library = _library(source, call.options, call.kernel)
-    guarded = max((a for a in call.arguments if isinstance(a, np.ndarray)), key=lambda a: a.dtype.kind == "f" and a.ndim >= 4 and a.ndim)
+def run_on_host(call: native.Call) -> None:
+    """Run a call on arrays that lie on the host; none of its reads of logits may leave them."""
+    library = _library(call.source, call.options, call.kernel)
+    guarded = max((a for a in call.arguments if isinstance(a, np.ndarray)), key=lambda a: a.ndim)
     start, stop = np.lib.array_utils.byte_bounds(np.asarray(guarded))
     library.guard(ctypes.c_void_p(start), ctypes.c_long(stop - start))
     sizes = ((ctypes.c_int * 3)(*s, *(1,) * (3 - len(s))) for s in (call.grid, call.block))
-    run = ctypes.CFUNCTYPE(None, use_errno=False)(ctypes.c_void_p.in_dll(library, f"run_{call.kernel}").value)
+    run = ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(library, f"run_{call.kernel}").value)
     run.argtypes = None
-    run(*sizes, *(_argument(a) for a in call.arguments))
+    run(ctypes.c_int(call.shared > 0), *sizes, *(_argument(a) for a in call.arguments))
     assert library.strays() == 0
 
 
@@ -90,12 +110,24 @@ def _argument(value: Any) -> Any:
 
 
 @cache
-def _library(source: Path, options: tuple[tuple[str, int], ...], kernel: str) -> Any:
+def _library(source: str, options: tuple[tuple[str, int], ...], kernel: str) -> Any:
     folder = Path(tempfile.mkdtemp())
-    text = _SHIM + source.read_text() + f'\nextern "C" void* run_{kernel}; void* run_{kernel} = (void*)&Runner<{kernel}>::run;\n'
+    text = _SHIM + native.source_text(source) + f'\nextern "C" void* run_{kernel}; void* run_{kernel} = (void*)&Runner<{kernel}>::run;\n'
     (folder / "host.cpp").write_text(text)
     defines = [f"-D{name}={value}" for name, value in options]
-    command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-w", *defines, "-o", str(folder / "host.so"), str(folder / "host.cpp")]
+    command = [
+        compiler(),
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        "-w",
+        *defines,
+        "-o",
+        str(folder / "host.so"),
+        str(folder / "host.cpp"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(folder / "host.so"))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from segrt.device import to_device, to_host
 from segrt.kernels import argmax
-from segrt.kernels._cuda import logits as native
+from segrt.kernels._cuda import logits
+from segrt.kernels._cuda.native import source_text
 from segrt.kernels._spline import fractions
 from segrt.kernels.activation import largest_below
 from segrt.kernels.blend import blend_windows
@@ -40,7 +41,7 @@ def labels_of(call_of, shape, wide):
     out = device(np.full(shape, 77, np.uint16 if wide else np.uint8))
     call = call_of(out)
     assert call is not None
-    run_on_host(native.SOURCE, call)
+    run_on_host(call)
     return to_host(out)
 
 
@@ -50,14 +51,14 @@ def test_labels(classes, shape, half, integers, regions, seed):
     host = stack(classes, shape, seed, half, integers=integers)
     values = tuple(range(classes, 0, -1))
     table = device(np.asarray(values, np.int32))
-    found = labels_of(lambda out: native.label_call(device(host), table, regions, float(largest_below(0.6)), out), shape, seed % 2)
+    found = labels_of(lambda out: logits.label_call(device(host), table, regions, float(largest_below(0.6)), out), shape, seed % 2)
     np.testing.assert_array_equal(found, argmax.paint(host, values, 0.6) if regions else argmax.argmax(host, values))
 
 
 def test_labels_of_part_of_the_planes():
     host = stack(3, (6, 5, 8), 0, half=False)
     part, table = device(host)[:, 2:5], device(np.arange(3, dtype=np.int32))
-    found = labels_of(lambda out: native.label_call(part, table, False, 0.0, out), (3, 5, 8), False)
+    found = labels_of(lambda out: logits.label_call(part, table, False, 0.0, out), (3, 5, 8), False)
     np.testing.assert_array_equal(found, host[:, 2:5].argmax(0))
 
 
@@ -73,36 +74,36 @@ def test_labels_of_another_grid(classes, shape, new, separate, half, round16, in
     values = tuple(range(classes, 0, -1))
     rule = regions, float(largest_below(0.6)), round16
     table = device(np.asarray(values, np.int32))
-    found = labels_of(lambda out: native.resampled_call(device(host), lower, fraction, table, rule, out), new, seed % 2)
+    found = labels_of(lambda out: logits.resampled_call(device(host), lower, fraction, table, rule, out), new, seed % 2)
     options = {"separate": separate, "round16": round16}
     expected = argmax.resample_paint(host, new, values, 0.6, **options) if regions else argmax.resample_argmax(host, new, values, **options)
     np.testing.assert_array_equal(found, expected)
 
 
-def blended(acc, logits, entries, tables):
-    call = native.blend_call(acc, device(logits), device(entries), tuple(device(t) for t in tables), 0.25)
+def blended(acc, batch, entries, tables):
+    call = logits.blend_call(acc, device(batch), device(entries), tuple(device(t) for t in tables), 0.25)
     assert call is not None
-    run_on_host(native.SOURCE, call)
+    run_on_host(call)
 
 
 @settings(deadline=None)
 @given(sizes, st.tuples(*[st.integers(0, 3)] * 3), st.integers(1, 19), halves, st.integers(1, 5), seeds)
 def test_blend(patch, room, classes, half, count, seed):
     rng = np.random.default_rng(seed)
-    logits = stack(3 * classes, patch, seed, half).reshape(3, classes, *patch)
+    batch = stack(3 * classes, patch, seed, half).reshape(3, classes, *patch)
     tables = tuple(rng.random((2, n)).astype(np.float32) for n in patch)
     columns = [*(rng.integers(0, n + 1, count) for n in room), *rng.integers(0, 2, (6, count)), rng.integers(0, 3, count)]
     entries = np.stack(columns, axis=1).astype(np.int32)
     shape = [p + n for p, n in zip(patch, room, strict=True)]
     start = rng.normal(size=(classes, *shape)).astype(np.float32)
     expected, whole, parts = start.copy(), device(start.copy()), device(start.copy())
-    blend_windows(expected, logits, entries, tables, 0.25)
+    blend_windows(expected, batch, entries, tables, 0.25)
     # inside a wider array, as the box of a batch of windows is
     wide = device(np.pad(start, ((0, 0), (1, 2), (2, 1), (1, 3))))
-    blended(wide[:, 1:-2, 2:-1, 1:-3], logits, entries, tables)
-    blended(whole, logits, entries, tables)
+    blended(wide[:, 1:-2, 2:-1, 1:-3], batch, entries, tables)
+    blended(whole, batch, entries, tables)
     for entry in entries:
-        blended(parts, logits, entry[None], tables)
+        blended(parts, batch, entry[None], tables)
     # float32 sums of a few numbers near one, in the same order
     np.testing.assert_allclose(to_host(whole), expected, rtol=0, atol=2e-6)
     np.testing.assert_array_equal(to_host(parts), to_host(whole))
@@ -114,11 +115,11 @@ def test_arrays_with_gaps_are_left_to_the_thread_bodies():
     out, turned = device(np.zeros((4, 5, 6), np.uint8)), device(np.zeros((6, 5, 4), np.uint8)).transpose()
     gaps = device(host)[..., 1:]
     lower, fraction = device(np.zeros(14, np.int32)), device(np.zeros(14))
-    assert native.label_call(gaps, table, False, 0.0, out[..., 1:]) is None
-    assert native.label_call(device(host), table, False, 0.0, turned) is None
-    assert native.resampled_call(gaps, lower, fraction, table, (False, 0.0, False), out) is None
+    assert logits.label_call(gaps, table, False, 0.0, out[..., 1:]) is None
+    assert logits.label_call(device(host), table, False, 0.0, turned) is None
+    assert logits.resampled_call(gaps, lower, fraction, table, (False, 0.0, False), out) is None
     entries, tables = device(np.zeros((1, 10), np.int32)), tuple(device(np.ones((1, n), np.float32)) for n in (4, 5, 6))
-    assert native.blend_call(device(host)[..., ::-1], device(host)[None], entries, tables, 1.0) is None
+    assert logits.blend_call(device(host)[..., ::-1], device(host)[None], entries, tables, 1.0) is None
 
 
 def test_labels_are_written_wherever_they_belong():
@@ -126,8 +127,8 @@ def test_labels_are_written_wherever_they_belong():
     out = image.transpose(2, 1, 0)[1:6, 1:7, 2:9]
     positions = [fractions(n, m, 1) for n, m in zip((4, 5, 6), (5, 6, 7), strict=True)]
     lower, fraction = (device(np.concatenate([p[i].astype(t) for p in positions])) for i, t in ((0, np.int32), (1, np.float64)))
-    call = native.resampled_call(device(host), lower, fraction, device(np.array([5, 6, 7], np.int32)), (False, 0.0, False), out)
-    run_on_host(native.SOURCE, call)
+    call = logits.resampled_call(device(host), lower, fraction, device(np.array([5, 6, 7], np.int32)), (False, 0.0, False), out)
+    run_on_host(call)
     expected = argmax.resample_argmax(host, (5, 6, 7), (5, 6, 7))
     np.testing.assert_array_equal(to_host(out), expected)
     assert to_host(image).astype(int).sum() == expected.astype(int).sum()
@@ -141,9 +142,9 @@ def test_the_source_compiles_without_spilling(tmp_path, generation, half, region
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
     if shutil.which("ptxas") is None:
         pytest.skip("there is no ptxas")
-    defines = {**native.TUNING, "RY": native.rows(regions), "HALF": half, "WIDE": 0, "VEC": 4 * (1 + half)}
+    defines = {**logits.TUNING, "RY": logits.rows(regions), "HALF": half, "WIDE": 0, "VEC": 4 * (1 + half)}
     options = [f"-arch=compute_{generation}".encode(), b"-std=c++17", *(f"-D{k}={v}".encode() for k, v in defines.items())]
-    _, program = nvrtc.nvrtcCreateProgram(native.SOURCE.read_bytes(), b"logits.cu", 0, [], [])
+    _, program = nvrtc.nvrtcCreateProgram(source_text("logits").encode(), b"logits.cu", 0, [], [])
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS
     ptx = b" " * nvrtc.nvrtcGetPTXSize(program)[1]

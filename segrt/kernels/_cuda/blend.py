@@ -9,8 +9,9 @@ import numpy as np
 from ...arrays import Array, FloatArray, Shape3
 from ...device import get_xp, on_device, to_host
 from ..blend import START, Tables
-from . import logits as native
+from . import native
 from .launch import launch, scalar, thread_kernel
+from .logits import blend_call
 
 _MOST_WINDOWS = 32768  # per launch: each is a plane of threads
 _ZERO = np.float32(0)
@@ -42,7 +43,7 @@ def blend(acc: Any, logits: Any, entries: Array, tables: Tables, scale: float) -
     box = acc[(slice(None), *(slice(a, a + n) for a, n in zip(low.tolist(), (z, y, x), strict=True)))]
     there = tuple(table if on_device(table) else xp.asarray(table) for table in tables)
     relative = xp.asarray(relative)
-    if not native.run(native.blend_call(box, logits, relative, there, scale)):
+    if not (native.available(acc) and native.run(blend_call(box, logits, relative, there, scale))):
         launch(blend_voxel, (z, y, x), box, logits, relative, *there, np.float32(scale))
 
 

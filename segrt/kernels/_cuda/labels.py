@@ -14,8 +14,9 @@ import numpy as np
 
 from ...arrays import Array
 from ...device import get_xp
-from . import logits as compiled
+from . import native
 from .launch import Scalar, cuda, launch, scalar, thread_kernel
+from .logits import label_call, resampled_call
 
 # Three lerps of seven roundings at most (products and sums may be rounded apart): below 1.25e-6 of the largest input, twice that for a
 # difference of two classes; and what float16 makes equal, as in `_labels`
@@ -33,13 +34,13 @@ _LEAST_LOGIT = np.float32(-80)
 def label(logits: Any, values: Array, rule: tuple[bool, float, bool], out: Any) -> None:
     """One launch: every logit is read once, every label written once."""
     regions, bound, _ = rule
-    table, native = get_xp(logits).asarray(values), _native(logits)
-    if compiled.run(compiled.label_call(native, table, regions, bound, out)):
+    table, stack = get_xp(logits).asarray(values), _single_or_half(logits)
+    if native.available(stack) and native.run(label_call(stack, table, regions, bound, out)):
         return
     if regions:
-        launch(painted, out.shape, native, table, np.float32(bound), out)
+        launch(painted, out.shape, stack, table, np.float32(bound), out)
     else:
-        launch(largest, out.shape, native, table, out)
+        launch(largest, out.shape, stack, table, out)
 
 
 def label_resampled(
@@ -54,14 +55,14 @@ def label_resampled(
     # three axes in one table, so that few arrays are copied and passed
     lower = xp.asarray(np.concatenate([p[0].astype(np.int32) for p in positions]))
     fraction = np.concatenate([p[1] for p in positions])
-    native, exact, table = _native(logits), xp.asarray(fraction), xp.asarray(values)
-    if compiled.run(compiled.resampled_call(native, lower, exact, table, rule, out)):
+    stack, exact, table = _single_or_half(logits), xp.asarray(fraction), xp.asarray(values)
+    if native.available(stack) and native.run(resampled_call(stack, lower, exact, table, rule, out)):
         return
     tables = lower, xp.asarray(fraction.astype(np.float32)), exact, table
     if regions:
-        launch(painted_resampled, out.shape, native, *tables, np.float32(bound), np.int32(half), out)
+        launch(painted_resampled, out.shape, stack, *tables, np.float32(bound), np.int32(half), out)
     else:
-        launch(largest_resampled, out.shape, native, *tables, np.int32(half), out)
+        launch(largest_resampled, out.shape, stack, *tables, np.int32(half), out)
 
 
 def activate(logits: Any, activation: str, round16: bool) -> None:
@@ -79,7 +80,7 @@ def paint_over(candidate: Any, labels: Any, value: int, bound: np.float32, round
     launch(above, labels.shape, candidate, labels, np.int32(value), bound, np.int32(round16))
 
 
-def _native(logits: Any) -> Any:
+def _single_or_half(logits: Any) -> Any:
     if logits.dtype in (np.float32, np.float16):
         return logits
     wide = get_xp(logits).empty(logits.shape, np.float32)

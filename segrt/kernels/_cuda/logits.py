@@ -1,58 +1,20 @@
-"""Calls of `src/logits.cu`, the CUDA C of `blend` and `labels` for arrays without gaps; other arrays are left to their thread bodies.
-
-A call is a value, made of arrays wherever they lie, so that tests run it without a GPU.
-"""
+"""Calls of `src/logits.cu`: blending and labels for arrays without gaps; other arrays are left to the bodies of `blend` and `labels`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...arrays import require
-from ...device import Simulated
+from .native import MOST_BLOCKS, THREADS, Call, Options, across
 
-SOURCE = Path(__file__).parent / "src" / "logits.cu"
-_THREADS = 256
 _WIDEST = 16  # bytes of one load
-_MOST_BLOCKS = 65535  # along y and z
 _MOST_BYTES = 2**32 - 1  # of a class: offsets are counted in 32 bits
 _MOST_VALUES = 2**31 - 1
 
-Options = tuple[tuple[str, int], ...]
-
 # measured on an H200; what a thread makes of one kernel, see the source
 TUNING: dict[str, int] = {"GROUPS": 1, "AHEAD": 8, "CHUNK": 8, "BLEND_BLOCKS": 4, "RZ": 4, "RY": 2, "BLOCKS": 2}
-
-
-@dataclass(frozen=True)
-class Call:
-    """One launch: a kernel of the source, compiled with `options`."""
-
-    kernel: str
-    options: Options
-    grid: tuple[int, ...]
-    block: tuple[int, ...]
-    arguments: tuple[Any, ...]
-
-
-def run(call: Call | None) -> bool:
-    """Launch on CuPy's current stream; False when there is no call, or its arrays lie on no GPU."""
-    if call is None or any(isinstance(a, Simulated) for a in call.arguments):
-        return False
-    cupy = require("cupy", extra="cuda")
-    _module(call.options, cupy.cuda.runtime.getDevice()).get_function(call.kernel)(call.grid, call.block, call.arguments)
-    return True
-
-
-@cache
-def _module(options: Options, device: int) -> Any:  # `device`: a module belongs to the GPU it was loaded on
-    defines = tuple(f"-D{name}={value}" for name, value in options)
-    return require("cupy", extra="cuda").RawModule(code=SOURCE.read_text(), options=(*defines, "--std=c++17"))
 
 
 def blend_call(box: Any, logits: Any, entries: Any, tables: tuple[Any, ...], scale: float) -> Call | None:
@@ -61,15 +23,15 @@ def blend_call(box: Any, logits: Any, entries: Any, tables: tuple[Any, ...], sca
     step, step_z, step_y, step_x = (n // box.itemsize for n in box.strides)
     if not (logits.flags.c_contiguous and all(t.flags.c_contiguous for t in tables)) or (wide > 1 and step_x != 1):
         return None
-    if max(deep, high) > _MOST_BLOCKS or logits[0, 0].size > _MOST_VALUES:
+    if max(deep, high) > MOST_BLOCKS or logits[0, 0].size > _MOST_VALUES:
         return None
-    block = _across(wide), _THREADS // _across(wide)
+    block = across(wide), THREADS // across(wide)
     steps = np.int64(step), np.int64(step_z), np.int64(step_y)
     sizes = (np.int32(n) for n in (classes, high, wide))
     windows = (np.int32(n) for n in logits.shape[2:])
     arguments = box, *steps, *sizes, logits, *windows, entries, np.int32(len(entries)), *tables, np.float32(scale)
     options = _options(logits.dtype, np.dtype(np.uint8), "CHUNK", "BLEND_BLOCKS")
-    return Call("blend", options, (-(-wide // block[0]), -(-high // block[1]), deep), block, arguments)
+    return Call("logits", "blend", options, (-(-wide // block[0]), -(-high // block[1]), deep), block, arguments)
 
 
 def label_call(logits: Any, values: Any, regions: bool, bound: float, out: Any) -> Call | None:
@@ -81,9 +43,9 @@ def label_call(logits: Any, values: Any, regions: bool, bound: float, out: Any) 
     while vector > 1 and (step % vector or voxels % vector or _address(logits) % (vector * logits.itemsize) or _address(out) % vector):
         vector //= 2
     options = (*_options(logits.dtype, out.dtype, "AHEAD"), ("VEC", vector), ("GROUPS", TUNING["GROUPS"] * max(1, 4 // vector)))
-    blocks = -(-voxels // (vector * dict(options)["GROUPS"] * _THREADS))
+    blocks = -(-voxels // (vector * dict(options)["GROUPS"] * THREADS))
     arguments = logits, np.int64(step), np.int32(len(logits)), np.int64(voxels), values, np.float32(bound), out
-    return Call("painted" if regions else "largest", options, (blocks,), (_THREADS,), arguments)
+    return Call("logits", "painted" if regions else "largest", options, (blocks,), (THREADS,), arguments)
 
 
 def resampled_call(logits: Any, lower: Any, fraction: Any, values: Any, rule: tuple[bool, float, bool], out: Any) -> Call | None:
@@ -91,14 +53,14 @@ def resampled_call(logits: Any, lower: Any, fraction: Any, values: Any, rule: tu
     (classes, *size), (deep, high, wide), (regions, bound, half) = logits.shape, out.shape, rule
     if not _without_gaps(logits) or size[2] < 2 or prod(size) * logits.itemsize > _MOST_BYTES:
         return None
-    block = _across(wide), _THREADS // _across(wide)
+    block = across(wide), THREADS // across(wide)
     options = (*_options(logits.dtype, out.dtype, "RZ", "BLOCKS"), ("RY", rows(regions)))
     tile = TUNING["RZ"], rows(regions) * block[1], block[0]
     blocks = prod(-(-n // t) for n, t in zip(out.shape, tile, strict=True))
     steps = (np.int64(n // out.itemsize) for n in out.strides)
     source = logits, np.int64(_step(logits)), *(np.int32(n) for n in (classes, *size))
     arguments = *source, lower, fraction, *(np.int32(n) for n in (deep, high, wide)), values, np.float32(bound), np.int32(half), out, *steps
-    return Call("painted_resampled" if regions else "largest_resampled", options, (blocks,), block, arguments)
+    return Call("logits", "painted_resampled" if regions else "largest_resampled", options, (blocks,), block, arguments)
 
 
 def rows(regions: bool) -> int:
@@ -108,11 +70,6 @@ def rows(regions: bool) -> int:
 
 def _options(dtype: Any, labels: Any, *names: str) -> Options:
     return ("HALF", int(dtype == np.float16)), ("WIDE", int(labels.itemsize == 2)), *((name, TUNING[name]) for name in names)
-
-
-def _across(wide: int) -> int:
-    """Threads along x: the most of 128, 64 and 32 that leave no more than an eighth idle, else 32."""
-    return next((n for n in (128, 64) if -wide % n <= wide // 8), 32)
 
 
 def _without_gaps(logits: Any) -> bool:

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from ...device import get_xp, to_host
+from . import native
 from .launch import launch, scalar, thread_kernel
+from .splines import extremes_call, fold_call
 
 Scalars = tuple[int, np.float32, np.float32, np.float32, np.float32]  # plain (1: leave it), lower, upper, shift, factor
 PLAIN: Scalars = (1, np.float32(-np.inf), np.float32(np.inf), np.float32(0), np.float32(1))
@@ -70,6 +72,10 @@ def extremes(array: Any, scalars: Scalars) -> Any:
 
     Traffic: each voxel read once, 8 bytes written per thread (512 a plane at most).
     """
+    call = extremes_call(array, scalars) if native.available(array) else None
+    if call is not None:
+        native.run(call[0])
+        return fold_extremes(call[1])
     xp, (deep, high, wide) = get_xp(array), array.shape
     threads = deep, min(high, _HIGH), min(wide, _WIDE)
     # planes last: the threads that fold them read neighbouring numbers
@@ -96,7 +102,8 @@ def _plane_extremes(z, y, x, array, plain, lower, upper, shift, factor, partial)
 def fold_extremes(partial: Any) -> Any:
     """(2, N, M) -> (2, M): smallest of the first and largest of the second over N."""
     folded = get_xp(partial).empty((2, partial.shape[2]), np.float32)
-    launch(_fold_extremes, (1, 1, partial.shape[2]), partial, folded)
+    if not (native.available(partial) and native.run(fold_call(partial, folded))):
+        launch(_fold_extremes, (1, 1, partial.shape[2]), partial, folded)
     return folded
 
 

@@ -19,8 +19,10 @@ import numpy as np
 from ...arrays import Array, Shape3
 from ...device import get_xp
 from .. import _spline
+from . import native
 from .launch import launch, scalar, thread_kernel
 from .normalize import PLAIN, Scalars, coalesced, extremes, fold_extremes, read_value
+from .splines import cubic_call
 
 _GROUP = 8  # samples of one thread along z or y
 _ROWS = 4  # rows of one thread
@@ -100,6 +102,8 @@ def _cubic(array: Any, out: Any, axis: int, bounds: Any, scalars: Scalars, plane
     deep, high, wide = out.shape
     planes = np.arange(deep) if planes is None else planes
     rows = np.stack([planes, np.zeros(deep) if slots is None else slots], axis=1).astype(np.int32)
+    if native.available(array) and native.run(cubic_call(array, out, axis, bounds, scalars, rows)):
+        return
     start, weights = _spline.cardinal_taps(array.shape[axis], out.shape[axis])
     if axis == 2:
         kernel, shape = _cubic_x, (deep, -(-high // _ROWS), wide)

@@ -1,0 +1,72 @@
+"""The CUDA C of cubic resampling, run on the host == CPU, over lines that are shorter and longer than a thread's span."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segrt.device import to_device, to_host
+from segrt.kernels import resample
+from segrt.kernels._cuda import splines
+from segrt.kernels._cuda.normalize import PLAIN
+from tests.host_kernels import compiler, run_on_host
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+AFFINE = (np.float32(-900), np.float32(700), np.float32(82), np.float32(1 / 136))
+lengths = st.sampled_from([1, 2, 3, 7, 30, 31, 32, 33, 63, 64, 65, 100, 150, 300])
+TOLERANCE = 3e-6  # of the range: a recursion of float32 numbers, begun elsewhere
+
+
+def device(array):
+    return to_device(array, "simulated")
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths, lengths, st.integers(1, 40), st.integers(1, 3), st.sampled_from([1, 2]), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_one_axis(size, new, other, planes, axis, integers, scaled, seed):
+    rng = np.random.default_rng(seed)
+    shape = [planes, size, other] if axis == 1 else [planes, other, size]
+    host = rng.integers(-1000, 1000, shape).astype(np.int16 if integers else np.float32)
+    shape[axis] = new
+    out = device(np.full(shape, np.nan, np.float32))
+    rows = np.stack([np.arange(planes), np.zeros(planes)], axis=1)
+    bounds = device(np.array([[-np.inf], [np.inf]], np.float32))
+    call = splines.cubic_call(device(host), out, axis, bounds, (0, *AFFINE) if scaled else PLAIN, rows)
+    if call is None:
+        assert new / size > 2
+        return
+    run_on_host(call)
+    read = (np.clip(host.astype(np.float32), *AFFINE[:2]) - AFFINE[2]) * AFFINE[3] if scaled else host.astype(np.float32)
+    expected = resample.resize(read, tuple(shape), order=3, clip=False) if size != new else read
+    np.testing.assert_allclose(to_host(out), expected, rtol=0, atol=TOLERANCE * max(1, np.abs(read).max()) * 2)
+
+
+def test_planes_are_picked_and_clipped_to_their_own_bounds():
+    host = np.random.default_rng(0).normal(size=(4, 20, 33)).astype(np.float32)
+    bounds = np.array([[-1, -0.5, -0.1], [1, 0.5, 0.1]], np.float32)
+    rows = np.array([[3, 0], [1, 2], [0, 1], [1, 0], [2, 2]])
+    for axis, shape in ((1, (5, 31, 33)), (2, (5, 20, 50))):
+        out = device(np.full(shape, np.nan, np.float32))
+        run_on_host(splines.cubic_call(device(host), out, axis, device(bounds), PLAIN, rows))
+        for found, (plane, slot) in zip(to_host(out), rows, strict=True):
+            expected = resample.resize(host[plane][None], (1, *shape[1:]), order=3, clip=False)[0]
+            np.testing.assert_allclose(found, np.clip(expected, *bounds[:, slot]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 70, 40), (1, 1, 1)])
+def test_extremes(shape, dtype):
+    host = np.random.default_rng(1).integers(-1000, 1000, shape).astype(dtype)
+    if dtype == np.float32:
+        host[0, 0, -1] = np.nan
+    found = splines.extremes_call(device(host), PLAIN)
+    assert found is not None
+    call, partial = found
+    run_on_host(call)
+    folded = device(np.empty((2, shape[0]), np.float32))
+    run_on_host(splines.fold_call(partial, folded))
+    planes = host.reshape(shape[0], -1).astype(np.float32)
+    np.testing.assert_array_equal(to_host(folded), [planes.min(axis=1), planes.max(axis=1)])
