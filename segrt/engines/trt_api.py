@@ -7,7 +7,7 @@
 | layers held in float32      | OBEY_PRECISION_CONSTRAINTS + precision | by the graph's types            | by the graph's types  |
 | bfloat16                    | no                                     | yes                             | yes                   |
 | newest opset that is safe   | 17                                     | the exporter's                  | the exporter's        |
-| InstanceNorm                | plugin; from 8.6.1 native by a flag    | native                          | native                |
+| InstanceNorm                | a plugin or a layer, see export.weak   | native                          | native                |
 | several contexts, 1 profile | PreviewFeature.PROFILE_SHARING_0806    | always                          | always                |
 | cuBLAS, cuDNN               | tactic sources, on                     | tactic sources, off             | gone                  |
 | context without memory      | ..._without_device_memory()            | strategy USER_MANAGED           | strategy USER_MANAGED |
@@ -98,7 +98,7 @@ def parser_errors(parser: Any) -> str:
 
 
 def keep_native_norms(trt: Any, parser: Any) -> None:
-    """Have InstanceNormalization parsed into TensorRT's own layer, whose precision can be set; no plugin library is needed then."""
+    """Have a strongly typed network's InstanceNormalization parsed into TensorRT's own layer, which needs no plugin library."""
     if hasattr(trt, "OnnxParserFlag") and is_strongly_typed(trt):
         parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
 
