@@ -47,19 +47,20 @@ class Recipe:
 
 _FAST = "--optimizer adamw --weight-decay 1e-2 --precision bf16 --validation-interval 500 --validation-batches 10"
 _UNET = f"--model nnunet --config 3d_fullres --batch-size 2 --lr 3e-3 {_FAST}"
-_VNET = f"--model vnet --batch-size 2 --patch 48,64,48 --width 0.5 --lr 2e-3 --clip 12 {_FAST}"
+_VNET = f"--model vnet --batch-size 2 --patch 48,64,48 --width 0.25 --lr 2e-3 --clip 12 {_FAST}"
 _PET = "--channels PET --image-suffix PET_image --label-suffix PET_mask"
 RECIPES = {
     "hippocampus_nnunet": Recipe("hippocampus_nnunet", "b_hippocampus", f"{_UNET} --width 0.5", 29),
-    "hippocampus_nnunet-narrow": Recipe("hippocampus_nnunet", "b_hippocampus", f"{_UNET} --width 0.25", 29),
     "hippocampus_nnunet-unmirrored": Recipe("hippocampus_nnunet", "b_hippocampus", f"{_UNET} --width 0.5 --no-mirroring", 29),
-    "hippocampus_nnunet-wide": Recipe("hippocampus_nnunet", "b_hippocampus", f"{_UNET} --width 1 --lr 1e-3", 29),
     "hippocampus_vnet": Recipe("hippocampus_vnet", "b_hippocampus", f"{_VNET} --augmentation nnunet", 29),
-    "hippocampus_vnet-article": Recipe("hippocampus_vnet", "b_hippocampus", f"{_VNET} --augmentation article", 29),
     "sts_pet_nnunet": Recipe("sts_pet_nnunet", "b_sts_pet", f"{_UNET} {_PET} --width 0.5", 20),
     "openkbp_nnunet": Recipe(
-        "openkbp_nnunet", "a_openkbp_hn7", f"{_UNET} --channels CT --width 0.5 --patch 64,96,96 --no-mirroring --oversampling 0.5", 29
+        "openkbp_nnunet", "a_openkbp_hn7", f"{_UNET} --channels CT --width 0.25 --patch 64,96,64 --no-mirroring --oversampling 0.5", 29
     ),
+    "hippocampus_nnunet-slow": Recipe("hippocampus_nnunet", "b_hippocampus", f"{_UNET} --width 0.5 --no-mirroring --lr 1e-3", 29),
+    "hippocampus_nnunet-narrow": Recipe("hippocampus_nnunet", "b_hippocampus", f"{_UNET} --width 0.25", 29),
+    "hippocampus_vnet-small": Recipe("hippocampus_vnet", "b_hippocampus", f"{_VNET} --augmentation nnunet --patch 32,48,32", 29),
+    "hippocampus_vnet-article": Recipe("hippocampus_vnet", "b_hippocampus", f"{_VNET} --augmentation article", 29),
 }
 
 
