@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from _timer import RESULTS, environment
+from _timer import RESULTS, commit, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 5e-4
@@ -74,6 +74,7 @@ def main() -> None:
     common.add_argument("--cores", type=int, default=2, help="Cores of a run.")
     common.add_argument("--minutes", type=float, help="Of training; each run has its own by default.")
     common.add_argument("--device", default="cpu")
+    common.add_argument("--commit", default=commit(), help="That the code is of, where there is no git to ask.")
     one = commands.add_parser("train", parents=[common], help="One run, in the foreground.")
     one.add_argument("run", choices=RECIPES)
     one.add_argument("--name", help="Folder of the run in OUT; the run's own by default.")
@@ -127,6 +128,7 @@ def train(options: argparse.Namespace, flags: list[str]) -> None:
         "cores": len(cores),
         **_trained_on(folder / "bundle"),
         **environment(),
+        "commit": options.commit,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.run}: mean Dice {result['mean_dice']:.4f} after {result['iterations']} iterations, {folder / 'result.json'}")
@@ -190,7 +192,15 @@ def start_all(options: argparse.Namespace, flags: list[str]) -> None:
         if len(own) < options.cores:
             raise SystemExit(f"{run} and those after it were not started: {len(cores)} cores are enough for {number} runs")
         given = ["--data", options.data, "--out", options.out, "--cpus", ",".join(map(str, own)), "--cores", options.cores]
-        given += ["--device", options.device, *(["--minutes", options.minutes] if options.minutes else []), "--", *flags]
+        given += [
+            "--device",
+            options.device,
+            "--commit",
+            options.commit,
+            *(["--minutes", options.minutes] if options.minutes else []),
+            "--",
+            *flags,
+        ]
         with (options.out / f"{run}.log").open("w") as log:
             started = subprocess.Popen(
                 [sys.executable, "-u", __file__, "train", run, *map(str, given)],
