@@ -91,27 +91,26 @@ def train_model(
         return None
     names = name_candidates(config.configuration, candidates, chosen.configurations, pairs=pairs)
     singles = tuple(dict.fromkeys(part for name in names for part in split_pair(name)))
+    stages = {name: _stages(chosen, place, name) for name in singles}
     if prepare_only:
-        for name in singles:
-            first = _stages(chosen, place, name)[0][0]  # what a cascade's second stage is prepared with, its first has to predict
+        for (first, _), *_ in stages.values():  # what a cascade's second stage is prepared with, its first has to predict
             prepare_cases(place, choose_configuration(chosen, config, first), first)
         return None
     trained = dict[str, Trained]()
-    for name in singles:
-        for stage, folds in _stages(chosen, place, name):
-            if stage in trained and set(folds) <= trained[stage].folds.keys():
-                continue
-            done = train_configuration(place, chosen, stage, folds, previous=_before(chosen, place, stage, trained))
-            if done is None:
-                return None
-            trained[stage] = done
+    for stage, folds in (part for parts in stages.values() for part in parts):
+        if stage in trained and set(folds) <= trained[stage].folds.keys():
+            continue
+        done = train_configuration(place, chosen, stage, folds, previous=_before(chosen, place, stage, trained))
+        if done is None:
+            return None
+        trained[stage] = done
     if rank() > 0:
         return None
     best = choose_best({name: validate_candidate(place, [trained[part] for part in split_pair(name)]) for name in names})
     if len(names) > 1:
         place.show.stage(best.text)
     write_atomic(place.folder / "reports" / "configurations.json", best.to_json())
-    chains = [[trained[stage] for stage, _ in _stages(chosen, place, part)] for part in split_pair(best.name)]
+    chains = [[trained[stage] for stage, _ in stages[part]] for part in split_pair(best.name)]
     # a configuration whose folds all serve a cascade is judged by all of them
     summary = best.summary if len(chains) > 1 else chains[0][-1].summary
     choice = choose_postprocess(summary, dataset, workers=max(1, config.workers))
