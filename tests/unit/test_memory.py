@@ -134,6 +134,14 @@ def by_class(folder: Path) -> Bundle:
     return make_bundle(folder / "model", spec)
 
 
+def pair(folder: Path) -> Bundle:
+    """Slices and volumes of ninety classes, whose probabilities on the image's grid would be more than a gigabyte each."""
+    centres = [20 * k - 900 for k in range(90)]
+    slices = make_spec(values=range(90), patch=(1, 64, 64), target=SpacingTarget(spacing=(None, 1.7, 1.7)))
+    volumes = make_spec(values=range(90), patch=(16, 64, 64), target=SpacingTarget(spacing=(4.0, 2.0, 2.0)))
+    return make_bundle(folder / "model", slices, centres=centres, partner=make_bundle(folder / "partner", volumes, centres=centres))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "flags"),
@@ -145,6 +153,8 @@ def by_class(folder: Path) -> Bundle:
         (cleaned, ("--step", "1", "--accumulate", "float16")),
         (cascade, ("--save-probabilities",)),
         (many_classes, ("--step", "1")),
+        (pair, ("--step", "1")),
+        (pair, ("--step", "1", "--save-probabilities")),
     ],
 )
 def test_a_run_stays_under_the_estimate_it_prints(tmp_path: Path, make: object, flags: tuple[str, ...]) -> None:
