@@ -6,6 +6,7 @@ Threads run one after the other; where they wait for each other, those of a bloc
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from segrt.kernels._cuda import native
 
@@ -133,3 +135,22 @@ def _library(source: str, options: tuple[tuple[str, int], ...], kernel: str) -> 
     library = ctypes.CDLL(str(folder / "host.so"))
     library.strays.restype = ctypes.c_long
     return library
+
+
+def spills(source: str, defines: dict[str, int], generation: int, folder: Path) -> dict[str, int]:
+    """Bytes of registers that every kernel of a source spills on one generation of GPUs; skips where nothing compiles CUDA C."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
+    if shutil.which("ptxas") is None:
+        pytest.skip("there is no ptxas")
+    options = [f"-arch=compute_{generation}".encode(), b"-std=c++17", *(f"-D{k}={v}".encode() for k, v in defines.items())]
+    _, program = nvrtc.nvrtcCreateProgram(native.source_text(source).encode(), source.encode(), 0, [], [])
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    ptx = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
+    nvrtc.nvrtcGetPTX(program, ptx)
+    (folder / "ptx").write_bytes(ptx.rstrip(b"\0"))
+    command = ["ptxas", "-v", f"-arch=sm_{generation}", "-o", str(folder / "cubin"), str(folder / "ptx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr, re.DOTALL)
+    return {name: int(stores) + int(loads) for name, stores, loads in found}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,11 +10,10 @@ from hypothesis import strategies as st
 from segrt.device import to_device, to_host
 from segrt.kernels import argmax
 from segrt.kernels._cuda import logits
-from segrt.kernels._cuda.native import source_text
 from segrt.kernels._spline import fractions
 from segrt.kernels.activation import largest_below
 from segrt.kernels.blend import blend_windows
-from tests.host_kernels import compiler, run_on_host
+from tests.host_kernels import compiler, run_on_host, spills
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -139,21 +134,8 @@ def test_labels_are_written_wherever_they_belong():
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("regions", [False, True])
 def test_the_source_compiles_without_spilling(tmp_path, generation, half, regions):
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
-    if shutil.which("ptxas") is None:
-        pytest.skip("there is no ptxas")
     defines = {**logits.TUNING, "RY": logits.rows(regions), "HALF": half, "WIDE": 0, "VEC": 4 * (1 + half)}
-    options = [f"-arch=compute_{generation}".encode(), b"-std=c++17", *(f"-D{k}={v}".encode() for k, v in defines.items())]
-    _, program = nvrtc.nvrtcCreateProgram(source_text("logits").encode(), b"logits.cu", 0, [], [])
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS
-    ptx = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
-    nvrtc.nvrtcGetPTX(program, ptx)
-    (tmp_path / "ptx").write_bytes(ptx.rstrip(b"\0"))
-    command = ["ptxas", "-v", f"-arch=sm_{generation}", "-o", str(tmp_path / "cubin"), str(tmp_path / "ptx")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    spills = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr, re.DOTALL)
-    assert {name for name, *_ in spills} == {"blend", "largest", "painted", "largest_resampled", "painted_resampled"}
+    spilled = spills("logits", defines, generation, tmp_path)
+    assert set(spilled) == {"blend", "largest", "painted", "largest_resampled", "painted_resampled"}
     other = "largest_resampled" if regions else "painted_resampled"
-    assert {(stores, loads) for name, stores, loads in spills if name != other} == {("0", "0")}, done.stderr
+    assert {name: spilled[name] for name in spilled if name != other and spilled[name]} == {}

@@ -11,7 +11,7 @@ from segrt.device import to_device, to_host
 from segrt.kernels import resample
 from segrt.kernels._cuda import splines
 from segrt.kernels._cuda.normalize import PLAIN
-from tests.host_kernels import compiler, run_on_host
+from tests.host_kernels import compiler, run_on_host, spills
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -70,3 +70,11 @@ def test_extremes(shape, dtype):
     run_on_host(splines.fold_call(partial, folded))
     planes = host.reshape(shape[0], -1).astype(np.float32)
     np.testing.assert_array_equal(to_host(folded), [planes.min(axis=1), planes.max(axis=1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", [80, 90, 120])
+@pytest.mark.parametrize("integers", [0, 1])
+def test_the_source_compiles_without_spilling(tmp_path, generation, integers):
+    spilled = spills("spline", {**splines.TUNING, "INTEGER": integers}, generation, tmp_path)
+    assert spilled == dict.fromkeys(("along_lines", "along_rows", "extremes", "fold_extremes"), 0)

@@ -13,16 +13,20 @@ from .. import _spline
 from .native import MOST_BLOCKS, MOST_SHARED, Call, Options, across
 
 _HALO = 14
+_MOST_BYTES = 2**32 - 1  # of the lines of a plane: offsets are counted in 32 bits
 _LINES = 32  # of a block along x
+_SPLINES = 128  # threads of a block along y or z
 _PARTS = 8  # of a plane, whose extremes are found apart
 _REDUCING = 32, 8  # threads that fold extremes
 
-TUNING: dict[str, int] = {"SPAN": 32, "WARPS": 4, "ROWS": 2}
+TUNING: dict[str, int] = {"SPAN": 32, "WARPS": 4}
 
 
 def cubic_call(array: Any, out: Any, axis: int, bounds: Any, scalars: tuple[Any, ...], rows: Array) -> Call | None:
     """Resample along axis 1 or 2 of three; plane j comes from plane rows[j, 0] and keeps to bounds[:, rows[j, 1]]."""
-    if not all(_rows_without_gaps(a) for a in (array, out)) or array.dtype not in (np.int16, np.float32) or bounds.ndim != 2:
+    if not all(_rows_without_gaps(a) for a in (array, out)) or array.dtype not in (np.int16, np.float32) or min(array.strides) < 0:
+        return None
+    if array.shape[1] * abs(array.strides[1]) > _MOST_BYTES:
         return None
     (deep, high, wide), size, span = out.shape, array.shape[axis], TUNING["SPAN"]
     begin, weights = _samples(size, out.shape[axis], span)
@@ -36,7 +40,7 @@ def cubic_call(array: Any, out: Any, axis: int, bounds: Any, scalars: tuple[Any,
     spans = -(-(size + 1) // span)
     options = (("INTEGER", int(array.dtype == np.int16)), ("SPAN", span), ("WARPS", TUNING["WARPS"]))
     if axis == 1:
-        block = across(wide), TUNING["ROWS"]
+        block = across(wide), _SPLINES // across(wide)
         grid = -(-wide // block[0]), -(-spans // block[1]), deep
         return Call("spline", "along_lines", options, grid, block, arguments) if max(grid[1:]) <= MOST_BLOCKS else None
     return _rows_call(begin, size, spans, options, arguments, (deep, high))

@@ -49,8 +49,7 @@ struct Reading {
     float lower, upper, shift, factor;
 };
 
-__device__ __forceinline__ float read(Voxel raw, const Reading& r) {
-    float v = raw;
+__device__ __forceinline__ float read(float v, const Reading& r) {
     if (!r.plain) {
         // NaN stays NaN
         v = v < r.lower ? r.lower : v;
@@ -73,17 +72,20 @@ __device__ __forceinline__ void sample(float (&c)[WINDOW], int base, const Sampl
 #pragma unroll
     for (int i = 1; i < WINDOW; ++i) c[i] = fmaf(POLE, c[i - 1], c[i]);
     c[WINDOW - 1] = fmaf(c[WINDOW - 1] - end, LAST_DECAY, end * LAST_STEADY);
-    // index base + 1 + j: positions count from -1
-    int o = s.begin[base + 1 + SPAN] - 1;
+    // positions count from -1; what the next one asks for is under way while this one is served
+    const int* begin = s.begin + base + 1;
+    int o = begin[SPAN] - 1, first = begin[SPAN - 1];
 #pragma unroll
     for (int i = WINDOW - 2; i >= HALO; --i) {
         c[i] = POLE * (c[i + 1] - c[i]);
         if (i < HALO + SPAN) {
+            const int next = i > HALO ? begin[i - HALO - 1] : 0;
 #pragma unroll 1
-            for (const int first = s.begin[base + 1 + i - HALO]; o >= first; --o) {
+            for (; o >= first; --o) {
                 const Weights w = s.weights[o];
                 put(o, w.a * c[i] + w.b * c[i + 1] + w.c * c[i + 2] + w.d * c[i + 3]);
             }
+            first = next;
         }
     }
 }
@@ -97,17 +99,22 @@ __device__ __forceinline__ int inside(int i, int size) { return min(max(i, 0), s
 
 // along the middle axis; grid (ceil(wide / threads x), ceil(spans / threads y), planes); plane z comes from plane rows[2z] and keeps to
 // bounds rows[2z + 1]
-extern "C" __global__ void __launch_bounds__(256, 2) along_lines(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, 4) along_lines(PARAMETERS) {
     const int x = blockIdx.x * blockDim.x + threadIdx.x, base = (blockIdx.y * blockDim.y + threadIdx.y) * SPAN - 1, z = blockIdx.z;
     if (x >= wide || base >= size) return;
     const Reading reading = {plain, lower, upper, shift, factor};
     const Voxel* source = in + rows[2 * z] * in_plane + x;
+    const unsigned line = in_line * sizeof(Voxel);  // a plane has fewer than 2^32 bytes
     float c[WINDOW];
 #pragma unroll
-    for (int i = 0; i < WINDOW; ++i) c[i] = read(source[inside(base - BEFORE + i, size) * in_line], reading);
+    for (int i = 0; i < WINDOW; ++i) c[i] = *(const Voxel*)((const char*)source + inside(base - BEFORE + i, size) * line);
+    if (!plain) {
+#pragma unroll
+        for (int i = 0; i < WINDOW; ++i) c[i] = read(c[i], reading);
+    }
     const float low = bounds[rows[2 * z + 1]], top = bounds[slots + rows[2 * z + 1]];
-    float* const target = out + z * out_plane + x;
-    sample(c, base, {begin, weights}, [&](int o, float v) { target[o * out_line] = clip(v, low, top); });
+    float* target = out + z * out_plane + x + begin[base + 1 + SPAN] * out_line;
+    sample(c, base, {begin, weights}, [&](int, float v) { *(target -= out_line) = clip(v, low, top); });
 }
 
 // along the last axis, 32 lines of a plane and WARPS spans a block, turned in shared memory of 32 * pitch floats;
