@@ -51,7 +51,7 @@ def train(
         bool, typer.Option("--find-best", help="Train every configuration, or those of --config; keep the best, or the best pair.")
     ] = False,
     pairs: Annotated[bool, typer.Option("--pairs/--no-pairs", help="With --find-best, whether pairs are tried.")] = True,
-    planner: Annotated[str | None, typer.Option(help="default, resenc_m, resenc_l or resenc_xl.")] = None,
+    planner: Annotated[str | None, typer.Option(help="default, resenc_m, resenc_l, resenc_xl, or v1: nnU-Net 1's.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="GPU memory to plan for.")] = None,
     iters: Annotated[int | None, typer.Option(help="Iterations.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End after this time, where --iters is not reached before.")] = None,

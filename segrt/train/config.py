@@ -50,7 +50,8 @@ class TrainConfig(Part):
 
     Attributes
     ----------
-    model, planner, configuration : what is trained; planner and configuration are nnU-Net's names ("3d_fullres", "resenc_m", ...)
+    model, planner, configuration : what is trained; planner and configuration are nnU-Net's names ("3d_fullres", "resenc_m", ...), and
+        "v1" plans by the rules of nnU-Net 1
     folds : "0" .. "4" of `split`, or "all" to train on every case
     split : "kfold" (nnU-Net's five), "shuffled:0.75" or "sorted:0.8" (one fold with that share in training), or the path of a JSON file;
         "auto" is the dataset's own where it has one, else kfold, for a V-Net shuffled:0.75
@@ -83,7 +84,7 @@ class TrainConfig(Part):
 
     schema_version: Literal[1] = Field(1, alias="schema")
     model: Model = "nnunet"
-    planner: Literal["default", "resenc_m", "resenc_l", "resenc_xl"] = "default"
+    planner: Literal["default", "resenc_m", "resenc_l", "resenc_xl", "v1"] = "default"
     configuration: str = "3d_fullres"
     folds: tuple[str, ...] = Field(("0",), min_length=1)
     split: str = "auto"
@@ -147,6 +148,8 @@ class TrainConfig(Part):
             raise ValueError("momentum: nesterov needs more than 0")
         if len(set(self.folds)) != len(self.folds):
             raise ValueError(f"folds: expected no fold twice, got {self.folds}")
+        if self.planner == "v1" and self.memory_gb is not None:
+            raise ValueError("memory_gb: planner v1 plans for one size of GPU; leave it out, or take another planner")
         if not any(self.coefficients):
             raise ValueError("coefficients: expected at least one above 0, or there is no loss")
         return self

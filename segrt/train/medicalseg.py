@@ -89,6 +89,8 @@ def import_medicalseg(
         When the file asks for what segrt does not train.
     """
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    if "memory_gb" in chosen:
+        chosen.setdefault("planner", "default")  # those rules know one size of GPU
     recipe = read_medicalseg(Path(path), root=Path(root) if root else None, given=frozenset(chosen))
     model = chosen.pop("model", recipe.model)
     if model != recipe.model:

@@ -83,8 +83,10 @@ def read_nnunet(section: Section, train: Section) -> None:
     notes.warn(
         section.name("plan_path"),
         section.take("plan_path"),
-        "a pickle, which is never opened; the dataset is planned anew (--plan for a plan.json)",
+        "a pickle, which is never opened; the dataset is planned anew by the same rules, those of nnU-Net 1 (--planner, or --plan for a "
+        "plan.json)",
     )
+    notes.changes["planner"] = "v1"
     _drop_pretrained(section)
 
 

@@ -16,6 +16,7 @@ from .fingerprint import Fingerprint, load_fingerprint, measure
 from .kept import kept
 from .plan import plan_nnunet, plan_vnet
 from .prepare import prepare
+from .v1_plan import plan_nnunet_v1
 from .work import Work
 
 
@@ -62,6 +63,8 @@ def plan_once(place: Work, fingerprint: Fingerprint, given: str | Path | None) -
             kernels=config.kernels,
             strides=config.strides,
         )
+    elif config.planner == "v1":
+        plan = plan_nnunet_v1(place.dataset, fingerprint)
     else:
         plan = plan_nnunet(place.dataset, fingerprint, planner=config.planner, memory_gb=config.memory_gb)
     write_atomic(place.folder / "plan.json", plan.to_json())

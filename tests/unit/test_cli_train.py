@@ -63,6 +63,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["-f", "all"], "folds", ["all"]),
     (["--split", "sorted:0.8"], "split", "sorted:0.8"),
     (["--planner", "resenc_m"], "planner", "resenc_m"),
+    (["--planner", "v1"], "planner", "v1"),
     (["--memory-gb", "6"], "memory_gb", 6),
     (["--iters", "77"], "iterations", 77),
     (["--minutes", "1.5"], "minutes", 1.5),

@@ -81,6 +81,7 @@ def test_the_articles_nnunet() -> None:
     recipe = read_medicalseg(AMOS / "nnunet.yml")
     assert recipe.model == "nnunet"
     assert recipe.changes == {
+        "planner": "v1",
         "configuration": "3d_lowres",
         "folds": ("4",),
         "iterations": 50_000,
