@@ -20,6 +20,7 @@ typedef float Voxel;
 #ifndef WARPS
 #define WARPS 4  // spans along x of a block
 #endif
+#define RESIDENT (INTEGER ? 3 : 4)  // blocks of a multiprocessor; more would have registers spilled
 #define HALO 14
 #define WINDOW (SPAN + 3 + 2 * HALO)  // a sample needs one coefficient before the position below it, and two after
 #define BEFORE (HALO + 1)
@@ -99,7 +100,7 @@ __device__ __forceinline__ int inside(int i, int size) { return min(max(i, 0), s
 
 // along the middle axis; grid (ceil(wide / threads x), ceil(spans / threads y), planes); plane z comes from plane rows[2z] and keeps to
 // bounds rows[2z + 1]
-extern "C" __global__ void __launch_bounds__(128, 4) along_lines(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(128, RESIDENT) along_lines(PARAMETERS) {
     const int x = blockIdx.x * blockDim.x + threadIdx.x, base = (blockIdx.y * blockDim.y + threadIdx.y) * SPAN - 1, z = blockIdx.z;
     if (x >= wide || base >= size) return;
     const Reading reading = {plain, lower, upper, shift, factor};
