@@ -143,9 +143,9 @@ class BatchStream(Iterator[Batch]):
             raise StopIteration
         try:
             made = next(self._batches)
-        except RuntimeError as err:
+        except (RuntimeError, ConnectionError, EOFError) as err:  # the latter two when it died while its batch was fetched
             self.close()
-            if "DataLoader worker" not in str(err):
+            if isinstance(err, RuntimeError) and "DataLoader worker" not in str(err):
                 raise
             raise BackendError("a process that makes batches was killed, most likely for want of memory; use fewer workers") from err
         if isinstance(made, SegrtError):
@@ -217,5 +217,7 @@ def _context() -> Any:
 
 
 def _start_worker(_number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loop's to answer
+    # Ctrl-C is the loop's to answer, and so is what ends a whole group of processes: it saves first. The second time means us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL) and None)
     torch.set_num_threads(1)

@@ -75,12 +75,12 @@ def test_train_build_predict_give_the_dice_of_the_validation(tmp_path: Path, dat
 @pytest.mark.slow
 def test_a_stopped_training_goes_on_with_the_same_command(tmp_path: Path, data: Path) -> None:
     arguments = [str(data), "-o", str(tmp_path / "m"), *TINY, "--split", "sorted:0.8", "--save-interval", "100"]
-    command = [*_segrt("train"), *arguments, "--log-interval", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    command = [*_segrt("train"), *arguments, "--log-interval", "1", "--workers", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("iteration 5/"):
-                process.send_signal(signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGTERM)  # to its workers and their fork server too, as a cluster does
                 break
         rest = process.stderr.read()
         assert process.wait() == 130, rest

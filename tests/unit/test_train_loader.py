@@ -149,6 +149,17 @@ def test_blocks_that_do_not_decompress_are_named(tmp_path: Path) -> None:
         _take(Batches(cache, whole, workers=0, augmentation="none"), 3)
 
 
+def test_a_worker_outlives_the_first_sigterm(prepared: Prepared) -> None:
+    """A cluster ends a job by SIGTERM to all its processes: the loop still needs the batch it waits for, and saves then."""
+    stream = Batches(prepared, CONFIGURATION, workers=1)()
+    next(stream)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(islice(stream, 6))) == 6
+    stream.close()
+    assert not worker.is_alive()
+
+
 def test_a_killed_worker_is_a_sentence(prepared: Prepared) -> None:
     stream = Batches(prepared, CONFIGURATION, workers=1)()
     next(stream)
