@@ -73,7 +73,8 @@ def study(
 
     Exit codes: 0 done, 2 not, 3 some runs failed, 130 stopped by a signal and saved.
     """
-    from ..train.study import plan_runs, run_study
+    from ..train.study import run_study
+    from ..train.study_plan import plan_runs
     from .studying import StudyBars, per_run, print_study
 
     configure_logging(verbose=verbose)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..bundle import write_atomic
 from ..errors import InputError, SpecError
 from ..report.curves import write_comparison
 from ..report.tables import write_panels, write_rows
-from .config import Model, TrainConfig, make_config
+from .config import TrainConfig
 from .dataset import open_dataset
 from .folds import Show
 from .kept import digest_of
@@ -22,25 +22,10 @@ from .records import environment
 from .run import train_model
 from .splits import split_of
 from .study_jobs import Order, Outcome, ProgressRun, run_orders, share_cores
+from .study_plan import StudyRun, with_same_split
 from .study_results import RunRecord, Study, collect, load_study
 
-# of short trainings on few cores (benchmarks/results/hippocampus_study.json); nnU-Net's .01 and the article's .001 are made for days
-LEARNING_RATES: Mapping[str, Mapping[str, float]] = {
-    "nnunet": {"sgd": 1e-2, "adam": 1e-3, "adamw": 3e-3},
-    "vnet": {"sgd": 1e-2, "adam": 1e-3, "adamw": 3e-3},
-}
-_ENDLESS = 10**9  # iterations of a run that its minutes end
-# what a prepared case depends on
-_PREPARED = frozenset({"planner", "configuration", "memory_gb", "patch", "window", "sliding", "resampling", "cache"})
 _COUNTS = frozenset({"folds", "split", "weights"})  # free in a resumed training, but not in its scores
-
-
-@dataclass(frozen=True)
-class StudyRun:
-    """One training of a study; its name is that of its bundle, such as nnunet-adamw."""
-
-    name: str
-    config: TrainConfig
 
 
 def _silent(name: str, text: str) -> None:
@@ -54,32 +39,6 @@ class StudyShow:
     preparing: Show
     stage: Callable[[str, str], None] = _silent
     step: ProgressRun | None = None
-
-
-def plan_runs(models: Sequence[Model], optimizers: Sequence[str], **changes: object) -> tuple[StudyRun, ...]:
-    """Give every model with every optimizer its configuration.
-
-    Parameters
-    ----------
-    changes : fields of `TrainConfig`. A value goes to every run; a mapping gives each run its own, by the run's name ("vnet-sgd"), by the
-        optimizer ("sgd") or by the model ("vnet"), looked for in this order; other runs keep their recipe, with the learning rate of
-        `LEARNING_RATES`
-
-    Raises
-    ------
-    SpecError
-        When a value is wrong.
-    InputError
-        When a mapping names no run, or a model or optimizer comes twice.
-    """
-    for what, names in (("model", list(models)), ("optimizer", list(optimizers))):
-        if not names or len(set(names)) < len(names):
-            raise InputError(f"{what}s: expected each {what} once, got {', '.join(names) or 'none'}")
-    known = {*models, *optimizers, *(f"{model}-{optimizer}" for model in models for optimizer in optimizers)}
-    for field, value in changes.items():
-        if isinstance(value, Mapping):
-            _check_keys(field, value, known, set(models))
-    return tuple(StudyRun(f"{model}-{optimizer}", _config(model, optimizer, changes)) for model in models for optimizer in optimizers)
 
 
 def run_study(
@@ -122,15 +81,16 @@ def run_study(
     dataset = open_dataset(source, **(dataset_options or {}))
     digest = digest_of(dataset)
     if dataset.split is None:
-        runs = [_with_same_split(run) for run in runs]
+        runs = [with_same_split(run) for run in runs]
     training = {run.name: tuple(len(split_of(dataset, run.config, fold).train) for fold in run.config.folds) for run in runs}
     if force:
         _remove(folder, runs)
     finished = _finished(folder, runs, digest)
     new = {run.name: RunRecord(name=run.name, config=run.config, cores=len(slots[0]), training=training[run.name]) for run in runs}
     records = new | finished
-    for name in finished:
-        show.stage(name, "finished before")
+    for name, record in finished.items():
+        other = "" if record.cores == len(slots[0]) else f", on {record.cores} cores where the others get {len(slots[0])}"
+        show.stage(name, f"finished before{other}")
 
     def study() -> Study:
         return Study(schema=1, dataset=dataset.name, digest=digest, environment=_environment(), runs=tuple(records.values()))
@@ -162,36 +122,6 @@ def write_study(folder: Path, study: Study) -> None:
     if study.finished:
         write_panels(folder / "dice", "post-processing", study.panels, caption=study.caption)
         write_rows(folder / "runs", study.rows, caption=f"Runs of the study on {study.dataset}")
-
-
-def _config(model: Model, optimizer: str, changes: Mapping[str, object]) -> TrainConfig:
-    rate = LEARNING_RATES.get(model, {}).get(optimizer)
-    own = {field: _choose(value, model, optimizer) for field, value in changes.items()}
-    own = {field: value for field, value in own.items() if value is not None}
-    recipe = {"lr": rate} | ({"iterations": _ENDLESS} if "minutes" in own else {})
-    return make_config(model, **(recipe | own | {"optimizer": optimizer}))
-
-
-def _choose(value: object, model: str, optimizer: str) -> object:
-    if not isinstance(value, Mapping):
-        return value
-    return next((value[key] for key in (f"{model}-{optimizer}", optimizer, model) if key in value), None)
-
-
-def _with_same_split(run: StudyRun) -> StudyRun:
-    """What "auto" means differs by model, and runs on other cases cannot be compared."""
-    config = run.config
-    return replace(run, config=config.model_copy(update={"split": "kfold"})) if config.split == "auto" else run
-
-
-def _check_keys(field: str, value: Mapping[str, object], known: set[str], models: set[str]) -> None:
-    if unknown := sorted(value.keys() - known):
-        raise InputError(f"{field}: {unknown[0]!r} is no run, optimizer or model of this study; expected one of {', '.join(sorted(known))}")
-    if field in _PREPARED and (single := sorted(value.keys() - models)):
-        raise InputError(
-            f"{field}: the runs of a model share their prepared cases, so this is chosen by model ({', '.join(sorted(models))}), got "
-            f"{single[0]!r}"
-        )
 
 
 def _finished(folder: Path, runs: Sequence[StudyRun], digest: str) -> dict[str, RunRecord]:

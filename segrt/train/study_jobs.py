@@ -79,17 +79,24 @@ def run_orders(
     waiting, free, running = list(orders), list(slots), list[_Running]()
     with signals() as stop:
         asked = False
-        while running or (waiting and not stop):
-            while waiting and free and not stop:
-                running.append(_start(waiting.pop(0), free.pop(0)))
-            if stop and not asked:
-                asked = True
-                for run in running:
-                    run.process.terminate()
-            for run in _ended(running, stage, step):
-                running.remove(run)
-                free.append(run.cores)
-                settle(run.order.name, run.outcome(stopped=bool(stop)))
+        try:
+            while running or (waiting and not stop):
+                while waiting and free and not stop:
+                    running.append(_start(waiting.pop(0), free.pop(0)))
+                if stop and not asked:
+                    asked = True
+                    _ask_to_stop(running)
+                for run in _ended(running, stage, step):
+                    running.remove(run)
+                    free.append(run.cores)
+                    settle(run.order.name, run.outcome(stopped=bool(stop)))
+        finally:
+            _ask_to_stop(running)  # none is left, unless what they told could not be written
+
+
+def _ask_to_stop(running: Sequence[_Running]) -> None:
+    for run in running:
+        run.process.terminate()
 
 
 class _Running:

@@ -18,7 +18,8 @@ from segrt.bundle import Bundle, sha256
 from segrt.errors import InputError, SpecError
 from segrt.report.curves import read_rows
 from segrt.train.run import train_model
-from segrt.train.study import plan_runs, run_study
+from segrt.train.study import run_study
+from segrt.train.study_plan import plan_runs
 from segrt.train.study_results import Study, load_study
 
 SMALL = ("--width", "0.125", "--batch-size", "2", "--patch", "vnet=16,16,16", "--workers", "0", "--split", "sorted:0.6", "--device", "cpu")
@@ -165,7 +166,8 @@ def test_a_process_that_is_killed_is_a_failed_run(data: Path, tmp_path: Path) ->
     script.write_text(
         "import multiprocessing, os, signal, sys\n"
         "from segrt.train.folds import Show\n"
-        "from segrt.train.study import StudyRun, StudyShow, run_study\n"
+        "from segrt.train.study import StudyShow, run_study\n"
+        "from segrt.train.study_plan import StudyRun\n"
         "from segrt.train.config import TrainConfig\n"
         "if __name__ == '__main__':\n"
         "    config = TrainConfig.model_validate_json(sys.argv[3])\n"

@@ -19,8 +19,8 @@ from segrt.report.curves import write_comparison
 from segrt.report.tables import write_panels, write_rows
 from segrt.train.config import make_config
 from segrt.train.records import Records
-from segrt.train.study import LEARNING_RATES, plan_runs
 from segrt.train.study_jobs import share_cores
+from segrt.train.study_plan import LEARNING_RATES, plan_runs
 from segrt.train.study_results import RunRecord, Study, load_study
 
 
