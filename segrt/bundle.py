@@ -17,6 +17,7 @@ import numpy as np
 
 from .arrays import require
 from .errors import InputError, SpecError
+from .pair import check_identity, check_pair
 from .spec import ModelSpec, Partner, load_spec
 
 
@@ -90,7 +91,7 @@ class Bundle:
         check_replaceable(target, force=force)
         if partner is not None:
             spec = spec.model_copy(update={"partner": partner.identity})
-            _check_pair(target, spec, partner.spec)
+            check_pair(target, spec, partner.spec)
         with staged_folder(target) as folder:
             (folder / "model.json").write_text(spec.to_json(), encoding="utf-8")
             for member, tensors in (weights or {}).items():
@@ -136,19 +137,9 @@ class Bundle:
 
     def _check_partner(self) -> None:
         """Raise a SpecError unless the partner is the one this pair was made with."""
-        named = self.spec.partner
-        if named is None or self.partner is None:
-            return
-        _check_pair(self.path, self.spec, self.partner.spec)
-        found = self.partner.identity
-        expected = dict(zip(self.partner.spec.members, named.weights_sha256, strict=False))
-        changed = [f"weights/{m}.safetensors" for m, w in zip(expected, found.weights_sha256, strict=False) if w and w != expected[m]]
-        if found.spec_sha256 != named.spec_sha256:
-            changed.insert(0, "model.json")
-        if changed:
-            raise SpecError(
-                f"{self.path / 'partner'}: {', '.join(changed)} is not what this pair was made with; copy the whole bundle again"
-            )
+        if self.spec.partner is not None and self.partner is not None:
+            check_pair(self.path, self.spec, self.partner.spec)
+            check_identity(self.partner.path, self.partner.spec.members, named=self.spec.partner, found=self.partner.identity)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,16 +161,6 @@ class Bundle:
     def write_report(self, name: str, values: Mapping[str, Any]) -> Path:
         """Write reports/`name` as JSON."""
         return write_atomic(self.path / "reports" / name, json.dumps(values, indent=1) + "\n")
-
-
-def _check_pair(path: Path, spec: ModelSpec, partner: ModelSpec) -> None:
-    """Raise a SpecError unless two models can be averaged: the same channels in, the same labels out."""
-    names = [tuple(channel.name for channel in model.channels) for model in (spec, partner)]
-    if partner.partner is not None:
-        raise SpecError(f"{path}: the partner of a pair is a single model, not a pair itself")
-    for what, mine, other in (("channels", *names), ("head", spec.head, partner.head), ("labels", spec.labels, partner.labels)):
-        if mine != other:
-            raise SpecError(f"{path}: a pair needs two models of the same {what}, got {mine!r} and {other!r}")
 
 
 def sha256(path: Path) -> str:

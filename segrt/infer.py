@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, combinations, groupby
-from typing import Literal
 
 import numpy as np
 
@@ -15,11 +14,9 @@ from .engines import Engine
 from .errors import BackendError
 from .kernels.blend import constant_windows, gather_windows
 from .spec import ModelSpec
-from .windows import Aggregator, HalfAggregator, Planes, Slab, WindowPlan, plan_slabs, plan_windows
+from .windows import Accumulate, Aggregator, HalfAggregator, Planes, Slab, WindowPlan, plan_slabs, plan_windows
 
 logger = logging.getLogger(__name__)
-
-Accumulate = Literal["float32", "float16"]
 
 
 class Inferred:

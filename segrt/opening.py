@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from .bundle import Bundle
 from .engines import Backend, Engine, Precision, open_engine, resolve_device
 from .engines.compose import Spread
 from .errors import BackendError, InputError
+from .windows import Accumulate
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the models of a Predictor, a first stage and a partner included, are opened and run with; see `Predictor`."""
+
+    backend: Backend
+    precision: Precision | None
+    device: str
+    step: float | None
+    tta: bool
+    accumulate: Accumulate
+    threads: int
+
+    def __post_init__(self) -> None:
+        if self.step is not None and not 0 < self.step <= 1:
+            raise InputError(f"step: expected 0 < step <= 1, got {self.step}")
+        if self.accumulate not in get_args(Accumulate):
+            raise InputError(f"accumulate: expected {' or '.join(get_args(Accumulate))}, got {self.accumulate!r}")
+        if self.threads < 0:
+            raise InputError(f"threads: expected 0 (all) or more, got {self.threads}")
+
+    def beside(self, device: str) -> dict[str, Any]:
+        """Give the arguments of a Predictor whose engines go where others were opened, on `device`."""
+        return {**vars(self), "device": device if self.device == "auto" else self.device}
 
 
 def choose_members(bundle: Bundle, folds: Sequence[str] | None) -> tuple[str, ...]:
@@ -35,22 +62,16 @@ def name_devices(device: str) -> tuple[str, ...]:
     return names
 
 
-def open_engines(
-    bundle: Bundle,
-    members: Sequence[str],
-    devices: Sequence[str],
-    automatic: bool,
-    backend: Backend,
-    precision: Precision | None,
-    threads: int,
-) -> list[Engine]:
-    """Open one engine per member, over several devices when there are several; an `automatic` choice of them falls back to the CPU."""
-    how: dict[str, Any] = {"backend": backend, "precision": precision, "threads": threads}
+def open_engines(bundle: Bundle, members: Sequence[str], options: Options) -> list[Engine]:
+    """Open one engine per member, over several devices when there are several; an automatic choice of them falls back to the CPU."""
+    # rounding as on a CPU is a reason to take it
+    devices = ("cpu",) if options.device == "auto" and options.accumulate == "float16" else name_devices(options.device)
+    how: dict[str, Any] = {"backend": options.backend, "precision": options.precision, "threads": options.threads}
     try:
         opened = [[open_engine(bundle, member, device=device, **how) for device in devices] for member in members]
     except BackendError as err:
-        if not automatic or tuple(devices) == ("cpu",):
+        if options.device != "auto" or devices == ("cpu",):
             raise
         logger.warning("the CPU is used, for %s cannot be: %s", ", ".join(devices), err)
-        return open_engines(bundle, members, ("cpu",), False, backend, precision, threads)
+        return open_engines(bundle, members, replace(options, device="cpu"))
     return [engines[0] if len(engines) == 1 else Spread(engines) for engines in opened]

@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, get_args
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from .arrays import Array, FloatArray, ProgressFn, cpu_threads
 from .assemble import Flow, assemble
 from .bundle import Bundle
 from .clock import Clock
 from .device import compute_on, free_bytes, open_stream, to_device, to_host
+from .device_plan import DevicePlan, plan_device
 from .engines import Backend, Engine, Precision
 from .engines.compose import Mirrored
 from .errors import BackendError, InputError
-from .infer import Accumulate, Inferred, infer, share_progress
-from .io import read_labels, read_volume
-from .io.read import Source
-from .memory import HOST_LOGITS, DevicePlan, Load, engine_bytes, plan_device, starts_per_slab
-from .opening import choose_members, name_devices, open_engines
+from .infer import Inferred, infer, share_progress
+from .io import read_volume
+from .io.read import Source, read_previous
+from .memory import engine_bytes
+from .opening import Options, choose_members, open_engines
 from .postprocess import postprocess
 from .preprocess import preprocess
-from .restore import can_restore_by_slab
+from .slabs import Load, plan_host
 from .spec import ModelSpec
 from .volume import Grid, Placement, Segmentation, Volume
-from .windows import plan_windows
+from .windows import Accumulate, plan_windows
 
 Previous: TypeAlias = str | Path | Array
 _Worked: TypeAlias = tuple[FloatArray, Placement]
@@ -86,22 +85,16 @@ class Predictor:
         previous_stage: bool = True,
         engines: Sequence[Engine] | None = None,
     ) -> None:
-        if step is not None and not 0 < step <= 1:
-            raise InputError(f"step: expected 0 < step <= 1, got {step}")
-        if accumulate not in get_args(Accumulate):
-            raise InputError(f"accumulate: expected {' or '.join(get_args(Accumulate))}, got {accumulate!r}")
-        if threads < 0:
-            raise InputError(f"threads: expected 0 (all) or more, got {threads}")
+        options = Options(backend, precision, device, step, tta, accumulate, threads)
         self.bundle = model if isinstance(model, Bundle) else Bundle.open(model)
         self.spec: ModelSpec = self.bundle.spec
         self.members = choose_members(self.bundle, folds)
         self.step, self.accumulate, self.threads = step, accumulate, threads
         self.steps = self.spec.postprocess if postprocess else ()
-        automatic = device == "auto"
-        devices = ("cpu",) if automatic and accumulate == "float16" else name_devices(device)
-        given = None if engines is None else list(engines)
-        alone = len(self.members) if self.bundle.partner else None
-        opened = given[:alone] if given else open_engines(self.bundle, self.members, devices, automatic, backend, precision, threads)
+        own, others = list(engines or ()), list[Engine]()
+        if self.bundle.partner:
+            own, others = own[: len(self.members)], own[len(self.members) :]
+        opened = own or open_engines(self.bundle, self.members, options)
         self.device = opened[0].device
         if accumulate == "float16" and self.device != "cpu":
             raise InputError(f"accumulate: float16 repeats the rounding of nnU-Net on a CPU; use float32 on {self.device}, or device cpu")
@@ -110,23 +103,14 @@ class Predictor:
         self.mirror_axes = axes if self.device != "cpu" else ()
         self.engines: list[Engine] = [Mirrored(e, axes) if axes and self.device == "cpu" else e for e in opened]
         self._stream = open_stream(self.device)
-        how: dict[str, Any] = {
-            "backend": backend,
-            "precision": precision,
-            "device": self.device if automatic else device,
-            "step": step,
-            "tta": tta,
-            "accumulate": accumulate,
-            "threads": threads,
-        }
+        how = options.beside(self.device)
         self.previous: Predictor | None = None
         if self.spec.previous and previous_stage and self.bundle.previous:
             # the second stage was trained on the first one's raw labels: no post-processing in between
             self.previous = Predictor(self.bundle.previous, postprocess=False, **how)
         self.partner: Predictor | None = None
         if self.bundle.partner:
-            rest = given[len(self.members) :] if given else None
-            how |= {"folds": folds, "previous_stage": previous_stage, "engines": rest}
+            how |= {"folds": folds, "previous_stage": previous_stage, "engines": others}
             self.partner = Predictor(self.bundle.partner, postprocess=False, **how)
 
     def __call__(
@@ -192,7 +176,7 @@ class Predictor:
         return sum(held) if all(held) else 0
 
     def device_plan(self, grid: Grid, itemsize: int, free: int, *, probabilities: bool = False) -> DevicePlan:
-        """What an image of `grid`, with `itemsize` bytes a voxel, allocates on a GPU with `free` bytes; see `segrt.memory.plan_device`."""
+        """What an image of `grid`, with `itemsize` bytes a voxel, allocates on a GPU with `free` bytes; see `plan_device`."""
         return plan_device([model._load for model in self._models], grid, itemsize, free=free, probabilities=probabilities)
 
     def close(self) -> None:
@@ -237,54 +221,30 @@ class Predictor:
             len(plan_windows(placement.shape, model.spec.inference, step=self.step)) * len(model.engines)
             for model, (_, placement) in zip(models, worked, strict=True)
         ]
+        how: dict[str, Any] = {"step": self.step, "accumulate": self.accumulate}
         return [
-            infer(
-                data,
-                model.engines,
-                model.spec,
-                step=self.step,
-                accumulate=self.accumulate,
-                mirror_axes=model.mirror_axes,
-                starts_per_slab=count,
-                progress=tell,
-            )
+            infer(data, model.engines, model.spec, mirror_axes=model.mirror_axes, starts_per_slab=count, progress=tell, **how)
             for model, (data, _), count, tell in zip(models, worked, starts, share_progress(progress, totals), strict=True)
         ]
 
     def _starts(self, worked: Sequence[_Worked], volume: Volume, probabilities: bool) -> Sequence[int | None]:
-        """How much of its logits each model holds at a time; see `starts_per_slab`."""
-        models = self._models
+        """How much of its logits each model holds at a time; None for all."""
         if self._stream is not None:
             free = free_bytes(self.device) + sum(data.nbytes for data, _ in worked)
             return self.device_plan(volume.grid, volume.data.itemsize, free, probabilities=probabilities).starts
-        if self.accumulate == "float16" or (probabilities and len(models) == 1):
-            return [None] * len(models)
-        return [
-            starts_per_slab(model.spec, placement.shape, HOST_LOGITS // len(models), batch=model.engines[0].batch, step=self.step)
-            if can_restore_by_slab(placement, model.spec) and model.spec.transpose[0] == self.spec.transpose[0]
-            else None
-            for model, (_, placement) in zip(models, worked, strict=True)
-        ]
+        if self.accumulate == "float16" or (probabilities and len(worked) == 1):
+            return [None] * len(worked)
+        return plan_host([model._load for model in self._models], [placement for _, placement in worked])
 
     def _first_stages(self, volume: Volume, previous: Previous | None) -> list[Array | None]:
         """Labels of a cascade's first stage on the image's grid: given, or predicted here; None for models that need none."""
         if previous is not None and not self.takes_previous:
             raise InputError(f"{volume.name}: model {self.spec.name!r} is not the second stage of a cascade; pass no labels to it")
-        given = None if previous is None else _labels_of(previous, volume)
-        return [None if model.spec.previous is None else model._first_labels(volume, given) for model in self._models]
+        given = None if previous is None else read_previous(previous, volume.name, volume.grid)
+        labels = (model._first_labels(volume) if given is None and model.spec.previous else given for model in self._models)
+        return [found if model.spec.previous else None for model, found in zip(self._models, labels, strict=True)]
 
-    def _first_labels(self, volume: Volume, given: Array | None) -> Array:
-        if given is not None:
-            return given
+    def _first_labels(self, volume: Volume) -> Array:
         if self.previous is None:
             raise InputError(f"{volume.name}: the bundle holds no first stage; pass its labels (--previous DIR)")
         return self.previous(volume).labels
-
-
-def _labels_of(previous: Previous, volume: Volume) -> Array:
-    if not isinstance(previous, str | Path):
-        return np.asarray(previous)
-    labels, grid = read_labels(previous)
-    if difference := volume.grid.mismatch(grid):
-        raise InputError(f"{previous}: labels of the previous stage are not on the grid of {volume.name}: {difference}")
-    return labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from .arrays import Array, FloatArray, Shape3
 from .device import get_xp
 from .kernels.blend import add_window_half, axis_weights, blend_windows, divide_half, gaussian_half
 from .spec import Inference
+
+Accumulate = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,22 @@ def read_labels(path: str | Path) -> tuple[Array, Grid]:
     return (data.astype(np.uint8) if data.dtype.kind == "b" else data), volume.grid
 
 
+def read_previous(source: str | Path | Array, name: str, grid: Grid) -> Array:
+    """Labels (Z, Y, X) of a cascade's first stage for the image `name` on `grid`: an array as it is, a file when it lies on that grid.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be read or lies elsewhere.
+    """
+    if not isinstance(source, str | Path):
+        return np.asarray(source)
+    labels, found = read_labels(source)
+    if difference := grid.mismatch(found):
+        raise InputError(f"{source}: labels of the previous stage are not on the grid of {name}: {difference}")
+    return labels
+
+
 def _read(source: Source, needed: int | None) -> Volume:
     if isinstance(source, Volume):
         if source.data.dtype.kind == "f":

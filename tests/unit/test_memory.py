@@ -14,17 +14,11 @@ import pytest
 from factories import UNET_2D, UNET_3D, make_bundle, make_spec, unet_bundle, write_case
 
 from segrt.bundle import Bundle
+from segrt.device_plan import plan_device
 from segrt.errors import BackendError
-from segrt.memory import (
-    Load,
-    case_bytes,
-    engine_bytes,
-    estimate,
-    logits_bytes,
-    plan_device,
-    starts_per_slab,
-)
+from segrt.memory import case_bytes, engine_bytes, estimate
 from segrt.phantom import make_phantom
+from segrt.slabs import Load, logits_bytes, starts_per_slab
 from segrt.spec import KeepLargest, ModelSpec, PreviousStage, Resampling, SpacingTarget
 from segrt.volume import Grid
 from segrt.windows import Aggregator, plan_slabs, plan_windows

@@ -13,11 +13,13 @@ from factories import CountingEngine, banded, make_bundle, make_spec, nearest, w
 
 from segrt import Predictor, predict_many
 from segrt.bundle import Bundle
+from segrt.device_plan import plan_device
 from segrt.engines.function import FunctionEngine
 from segrt.errors import BackendError, InputError, SpecError
 from segrt.io import find_cases, read_labels
-from segrt.memory import Load, case_bytes, plan_device
+from segrt.memory import case_bytes
 from segrt.restore import MEAN_BYTES
+from segrt.slabs import Load
 from segrt.spec import Channel, KeepLargest, Label, NoNorm, PreviousStage, Resampling, SpacingTarget
 from segrt.volume import Grid
 
