@@ -84,7 +84,7 @@ template <class... A, void (*F)(A...)> struct Runner<F> {
 };
 """
 
-_TYPES = {"f4": ctypes.c_float, "f8": ctypes.c_double, "i4": ctypes.c_int32, "i8": ctypes.c_int64}
+_TYPES = {"f4": ctypes.c_float, "f8": ctypes.c_double, "i4": ctypes.c_int32, "i8": ctypes.c_int64, "u4": ctypes.c_uint32}
 
 
 def compiler() -> str | None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segrt.device import to_device, to_host
-from segrt.kernels import resample
+from segrt.kernels import _spline, resample
 from segrt.kernels._cuda import splines
 from segrt.kernels._cuda.normalize import PLAIN
 from tests.host_kernels import compiler, run_on_host, spills
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler
 
 AFFINE = (np.float32(-900), np.float32(700), np.float32(82), np.float32(1 / 136))
 lengths = st.sampled_from([1, 2, 3, 7, 30, 31, 32, 33, 63, 64, 65, 100, 150, 300])
+triples = st.tuples(*[st.integers(1, 11)] * 3)
 TOLERANCE = 3e-6  # of the range: a recursion of float32 numbers, begun elsewhere
 
 
@@ -56,6 +57,26 @@ def test_planes_are_picked_and_clipped_to_their_own_bounds():
             np.testing.assert_allclose(found, np.clip(expected, *bounds[:, slot]), rtol=0, atol=2e-5)
 
 
+@settings(deadline=None, max_examples=60)
+@given(triples, triples, st.tuples(*[st.sampled_from([0, 1])] * 3), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_linear_and_nearest(shape, new, orders, integers, scaled, seed):
+    host = np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16 if integers else np.float32)
+    tables = [_spline.fractions(n, m, order) for n, m, order in zip(shape, new, orders, strict=True)]
+    lower, fraction = (device(np.concatenate([t[i].astype(kind) for t in tables])) for i, kind in ((0, np.int32), (1, np.float32)))
+    out = device(np.full(new, np.nan, np.float32))
+    # with gaps between rows and planes
+    wide = device(np.pad(host, 1))[1:-1, 1:-1, 1:-1]
+    call = splines.linear_call(wide, out, lower, fraction, (0, *AFFINE) if scaled else PLAIN)
+    assert call is not None
+    run_on_host(call)
+    expected = (np.clip(host.astype(np.float32), *AFFINE[:2]) - AFFINE[2]) * AFFINE[3] if scaled else host.astype(np.float32)
+    for axis, (low, t) in enumerate(tables):
+        high = np.minimum(low + (t > 0), shape[axis] - 1)
+        weights = t.reshape([-1 if a == axis else 1 for a in range(3)])
+        expected = np.take(expected, low, axis) * (1 - weights) + np.take(expected, high, axis) * weights
+    np.testing.assert_allclose(to_host(out), expected, rtol=0, atol=1e-6 * max(1, np.abs(expected).max()))
+
+
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 70, 40), (1, 1, 1)])
 def test_extremes(shape, dtype):
@@ -77,4 +98,4 @@ def test_extremes(shape, dtype):
 @pytest.mark.parametrize("integers", [0, 1])
 def test_the_source_compiles_without_spilling(tmp_path, generation, integers):
     spilled = spills("spline", {**splines.TUNING, "INTEGER": integers}, generation, tmp_path)
-    assert spilled == dict.fromkeys(("along_lines", "along_rows", "extremes", "fold_extremes"), 0)
+    assert spilled == dict.fromkeys(("along_lines", "along_rows", "extremes", "fold_extremes", "linear"), 0)

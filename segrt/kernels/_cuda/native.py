@@ -43,7 +43,7 @@ def run(call: Call | None) -> bool:
     if call is None:
         return False
     cupy = require("cupy", extra="cuda")
-    kernel = _module(call.source, call.options, cupy.cuda.runtime.getDevice()).get_function(call.kernel)
+    kernel = _kernel(call.source, call.kernel, call.options, cupy.cuda.runtime.getDevice())
     kernel(call.grid, call.block, call.arguments, shared_mem=call.shared)
     return True
 
@@ -56,6 +56,11 @@ def source_text(name: str) -> str:
 def across(wide: int) -> int:
     """Threads along x: the most of 128 and 64 that leave no more than an eighth idle, else 32."""
     return next((n for n in (128, 64) if -wide % n <= wide // 8), 32)
+
+
+@cache
+def _kernel(source: str, kernel: str, options: Options, device: int) -> Any:
+    return _module(source, options, device).get_function(kernel)
 
 
 @cache

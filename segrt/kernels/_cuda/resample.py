@@ -22,7 +22,7 @@ from .. import _spline
 from . import native
 from .launch import launch, scalar, thread_kernel
 from .normalize import PLAIN, Scalars, coalesced, extremes, fold_extremes, read_value
-from .splines import cubic_call
+from .splines import cubic_call, linear_call
 
 _GROUP = 8  # samples of one thread along z or y
 _ROWS = 4  # rows of one thread
@@ -201,7 +201,8 @@ def _sample(array: Any, out: Any, orders: Shape3, single: bool, scalars: Scalars
         fraction.append(t.astype(np.float32))
     xp, (deep, high, wide) = get_xp(array), out.shape
     tables = xp.asarray(np.concatenate(lower)), xp.asarray(np.concatenate(fraction))
-    launch(_linear, (deep, -(-high // _ROWS), wide), array, *tables, *scalars, out)
+    if not (native.available(array) and native.run(linear_call(array, out, *tables, scalars))):
+        launch(_linear, (deep, -(-high // _ROWS), wide), array, *tables, *scalars, out)
 
 
 @scalar

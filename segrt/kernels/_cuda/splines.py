@@ -1,4 +1,4 @@
-"""Calls of `src/spline.cu`: cubic resampling along one axis, and the extremes it is clipped to; see `resample` and `normalize`."""
+"""Calls of `src/spline.cu`: cubic resampling along an axis, linear resampling, extremes; see `resample` and `normalize`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ...arrays import Array
 from ...device import get_xp
 from .. import _spline
-from .native import MOST_BLOCKS, MOST_SHARED, Call, Options, across
+from .native import MOST_BLOCKS, MOST_SHARED, THREADS, Call, Options, across
 
 _HALO = 14
 _MOST_BYTES = 2**32 - 1  # of the lines of a plane: offsets are counted in 32 bits
@@ -19,7 +19,7 @@ _SPLINES = 128  # threads of a block along y or z
 _PARTS = 8  # of a plane, whose extremes are found apart
 _REDUCING = 32, 8  # threads that fold extremes
 
-TUNING: dict[str, int] = {"SPAN": 32, "WARPS": 4}
+TUNING: dict[str, int] = {"SPAN": 32, "WARPS": 4, "RZ": 4, "RY": 2}
 
 
 def cubic_call(array: Any, out: Any, axis: int, bounds: Any, scalars: tuple[Any, ...], rows: Array) -> Call | None:
@@ -38,7 +38,7 @@ def cubic_call(array: Any, out: Any, axis: int, bounds: Any, scalars: tuple[Any,
     arguments = (array, plane, line, np.int32(size), *tables, np.int32(scalars[0]), *scalars[1:], bounds, np.int32(bounds.shape[1]))
     arguments = (*arguments, out, out_plane, out_line, np.int32(high), np.int32(wide))
     spans = -(-(size + 1) // span)
-    options = (("INTEGER", int(array.dtype == np.int16)), ("SPAN", span), ("WARPS", TUNING["WARPS"]))
+    options = _options(array)
     if axis == 1:
         block = across(wide), _SPLINES // across(wide)
         grid = -(-wide // block[0]), -(-spans // block[1]), deep
@@ -56,6 +56,21 @@ def _rows_call(begin: Array, size: int, spans: int, options: Options, arguments:
     if shared > MOST_SHARED or max(grid[1:]) > MOST_BLOCKS:
         return None
     return Call("spline", "along_rows", options, grid, (_LINES, warps), (*arguments, np.int32(pitch)), shared)
+
+
+def linear_call(array: Any, out: Any, lower: Any, fraction: Any, scalars: tuple[Any, ...]) -> Call | None:
+    """Resample by order 0 or 1 along each axis; the tables hold z's, y's and x's positions."""
+    if not all(_rows_without_gaps(a) for a in (array, out)) or array.dtype not in (np.int16, np.float32) or min(array.strides) < 0:
+        return None
+    (deep, high, wide), x = out.shape, across(out.shape[2])
+    block = x, THREADS // x
+    grid = -(-wide // x), -(-high // (block[1] * TUNING["RY"])), -(-deep // TUNING["RZ"])
+    if sum(n * step for n, step in zip(array.shape, array.strides, strict=True)) > _MOST_BYTES or max(grid[1:]) > MOST_BLOCKS:
+        return None
+    steps = (np.uint32(n) for n in array.strides[:2])
+    out_steps = (np.int64(n // out.itemsize) for n in out.strides[:2])
+    arguments = (array, *steps, lower, fraction, np.int32(scalars[0]), *scalars[1:], out, *out_steps, *(np.int32(n) for n in out.shape))
+    return Call("spline", "linear", _options(array), grid, block, arguments)
 
 
 @lru_cache(64)
@@ -88,7 +103,7 @@ def fold_call(partial: Any, folded: Any) -> Call:
 
 
 def _options(array: Any) -> Options:
-    return (("INTEGER", int(array.dtype == np.int16)), ("SPAN", TUNING["SPAN"]), ("WARPS", TUNING["WARPS"]))
+    return ("INTEGER", int(array.dtype == np.int16)), *TUNING.items()
 
 
 def _rows_without_gaps(array: Any) -> bool:

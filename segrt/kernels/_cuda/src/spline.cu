@@ -1,6 +1,6 @@
-// Cubic B-splines along one axis: prefilter and samples in one pass. The thread bodies of `resample.py` say the same by sums over 28 taps.
+// Images resampled; the thread bodies of `resample.py` and `normalize.py` say the same.
 //
-// A thread takes SPAN positions of a line with HALO more on either side into registers, runs the recursion forwards, and backwards while
+// Cubic B-splines go along one axis, prefilter and samples in one pass, where the bodies have sums over 28 taps. A thread takes SPAN positions of a line with HALO more on either side into registers, runs the recursion forwards, and backwards while
 // it makes the samples whose four coefficients are there: what lies beyond a window is taken to be what lies at its end, which changes a
 // coefficient by less than POLE^HALO = 1e-8 of the range. So a voxel costs two multiplications and additions, a sample four.
 //
@@ -198,4 +198,73 @@ extern "C" __global__ void fold_extremes(const float* partial, int count, float*
         widen_range(partial[(count + n) * columns + column], unused, top);
     }
     fold(low, top, tile, folded + column, columns);
+}
+
+#ifndef RZ
+#define RZ 4  // planes and rows of the result that a thread makes: what lies between two of them is interpolated once
+#endif
+#ifndef RY
+#define RY 2
+#endif
+
+// from a to b; a itself, infinite or not, where b has no weight
+__device__ __forceinline__ float between(float a, float b, float t) { return t == 0 ? a : fmaf(t, b - a, a); }
+
+__device__ __forceinline__ float along_x(const char* in, unsigned offset, unsigned next, float tx, const Reading& reading) {
+    const float a = *(const Voxel*)(in + offset), b = *(const Voxel*)(in + offset + next);
+    return between(read(a, reading), read(b, reading), tx);
+}
+
+// order 0 or 1 along each axis; `lower` and `fraction` hold z's, y's and x's positions one after the other;
+// grid (tiles along x, y, z), threads (x, y)
+extern "C" __global__ void __launch_bounds__(256, 3) linear(const Voxel* in, unsigned plane_bytes, unsigned line_bytes, const int* lower,
+                                                            const float* fraction, int plain, float smallest, float largest, float shift,
+                                                            float factor, float* out, Long out_plane, Long out_line, int deep, int high,
+                                                            int wide) {
+    const int x = blockIdx.x * blockDim.x + threadIdx.x, y0 = (blockIdx.y * blockDim.y + threadIdx.y) * RY, z0 = blockIdx.z * RZ;
+    if (x >= wide || y0 >= high) return;
+    const Reading reading = {plain, smallest, largest, shift, factor};
+    const float tx = fraction[deep + high + x];
+    const unsigned column = lower[deep + high + x] * sizeof(Voxel), next = tx == 0 ? 0 : sizeof(Voxel);
+    unsigned rows[2 * RY];
+    float ty[RY];
+#pragma unroll
+    for (int r = 0; r < RY; ++r) {
+        const int y = min(y0 + r, high - 1);
+        ty[r] = fraction[deep + y];
+        rows[2 * r] = lower[deep + y] * line_bytes + column;
+        rows[2 * r + 1] = rows[2 * r] + (ty[r] == 0 ? 0 : line_bytes);
+    }
+    float upper[RY] = {};
+    unsigned above = 0;
+#pragma unroll
+    for (int a = 0; a < RZ; ++a) {
+        const int z = min(z0 + a, deep - 1);
+        const float tz = fraction[z];
+        const unsigned plane = lower[z] * plane_bytes;
+        float below[RY];
+        // the plane above the last result is the one below this
+        const bool follows = a > 0 && plane == above;
+        above = plane + (tz == 0 ? 0 : plane_bytes);
+#pragma unroll
+        for (int b = 0; b < RY; ++b) below[b] = upper[b];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (half == 0 ? follows : tz == 0) continue;
+            const char* source = (const char*)in + (half == 0 ? plane : above);
+            float last = 0;
+#pragma unroll
+            for (int b = 0; b < RY; ++b) {
+                const bool same = b > 0 && rows[2 * b] == rows[2 * b - 1];
+                const float first = same ? last : along_x(source, rows[2 * b], next, tx, reading);
+                last = ty[b] == 0 ? first : along_x(source, rows[2 * b + 1], next, tx, reading);
+                (half == 0 ? below : upper)[b] = between(first, last, ty[b]);
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < RY; ++b) {
+            if (tz == 0) upper[b] = below[b];
+            if (z0 + a < deep && y0 + b < high) out[(z0 + a) * out_plane + (y0 + b) * out_line + x] = between(below[b], upper[b], tz);
+        }
+    }
 }
