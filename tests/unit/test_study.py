@@ -13,11 +13,12 @@ import pytest
 from train_jobs import write_dataset
 
 from segrt.cli import study as study_command
-from segrt.cli.studying import per_run
+from segrt.cli.studying import StudyBars, per_run, print_study
 from segrt.errors import InputError, SpecError
 from segrt.report.curves import write_comparison
 from segrt.report.tables import write_panels, write_rows
 from segrt.train.config import make_config
+from segrt.train.loop import Step
 from segrt.train.records import Records
 from segrt.train.study_jobs import share_cores
 from segrt.train.study_plan import LEARNING_RATES, plan_runs
@@ -203,6 +204,37 @@ def test_what_is_no_study_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"schema": 2}')
     with pytest.raises(SpecError, match=r"study.json: no readable study .*choose another folder, or --force"):
         load_study(tmp_path / "study.json")
+
+
+# ------------------------------------------------------------------ what is shown
+@pytest.mark.parametrize("terminal", [False, True])
+def test_runs_at_once_are_shown_by_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    with StudyBars() as bars:
+        show = bars.show
+        for iteration in (1, 2, 3):
+            for name in ("nnunet-sgd", "vnet-sgd"):
+                assert show.step is not None
+                show.step(name, Step(iteration, 3, 0.5, 0.75, 0.01, 0.1, 0.01, 3.0 - iteration))
+        show.stage("vnet-sgd", "finished")
+        show.stage("nnunet-sgd", "finished")
+    err = capsys.readouterr().err
+    assert "vnet-sgd: finished" in err
+    assert "Dice 0.7500" in err
+    assert ("nnunet-sgd: iteration 3 of about 3, loss 0.5000" in err) is not terminal
+
+
+def test_the_end_of_a_study_names_every_run(capsys: pytest.CaptureFixture[str]) -> None:
+    print_study(_study(), Path("study"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "nnunet-adam  mean Dice 0.7500, 0.8000 with post-processing"
+    assert lines[2] == "vnet-sgd     mean Dice -, - with post-processing"
+    assert lines[3] == "vnet-adam    failed: the loss became nan"
+    assert lines[4].startswith(f"best: {Path('study') / 'nnunet-adam'}")
 
 
 # ------------------------------------------------------------------ the command, refusing
