@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def build(
     source: Annotated[
-        Path, typer.Argument(help="Bundle, nnU-Net configuration folder, dataset results folder, exported zip, or checkpoint.")
+        Path, typer.Argument(help="Bundle, nnU-Net configuration or ensemble folder, dataset results folder, exported zip, or checkpoint.")
     ] = Path("segrt_model"),
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle to write when importing; ./segrt_model by default.")] = None,
     configuration: Annotated[str | None, typer.Option("--configuration", "-c", help="Such as 3d_fullres, when there are several.")] = None,

@@ -19,6 +19,7 @@ from ...networks import build_empty, check_weights
 from ...spec import KeepLargest, ModelSpec
 from . import sources
 from .checkpoint import Checkpoint, read_checkpoint
+from .ensemble import import_ensemble, is_ensemble
 from .plans import model_spec, postprocess_steps, resolve_configuration
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def import_nnunet(
     Parameters
     ----------
     source : a folder <trainer>__<plans>__<configuration>, a results folder that holds such folders, a zip from
-        nnUNetv2_export_model_to_zip, or one .pth
+        nnUNetv2_export_model_to_zip, one .pth, or a folder ensembles/ensemble___... of a results folder, which becomes a pair
     output : folder of the new bundle
     configuration, trainer, plans : which model, where `source` holds several; 3d_fullres is taken when nothing is said
     folds : names such as ("0", "1", "all"); None for all that are there
@@ -81,6 +82,12 @@ def import_nnunet(
         When a checkpoint is damaged, holds code, or does not fit the plans.
     """
     source = Path(source)
+    if is_ensemble(source):
+
+        def read(model: Path, target: Path, members: Sequence[str]) -> Bundle:
+            return import_nnunet(model, target, folds=members, checkpoint=checkpoint)
+
+        return import_ensemble(source, Path(output), folds=folds, read=read, steps=lambda p: postprocess_steps(_read_json(p)), force=force)
     with _as_folder(source) as folder:
         if folder.is_file():
             return _write(read_checkpoint_model(folder, configuration=configuration), Path(output), force=force)
