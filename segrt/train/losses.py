@@ -11,12 +11,10 @@ from torch.nn import functional
 
 from ..errors import InputError, SpecError
 from ..spec import ModelSpec, NetworkSpec, UNetSpec, VNetSpec
+from .cross_entropy import IGNORED, ClassWeights, at_least_float32, check_class_weights, class_indices, nll, one_hot
 from .dice import over_processes, soft_dice_loss, soft_sums
 
 Parts = dict[str, Tensor]
-ClassWeights = Literal["none", "batch", "first_batch"] | tuple[float, ...]
-
-IGNORED = -1
 
 
 def build_loss(
@@ -40,7 +38,8 @@ def build_loss(
     deep_supervision : the network returns the logits of all its levels
     distributed : several processes share a batch; see `over_processes`
     coefficients : of cross-entropy and Dice
-    class_weights : of the cross-entropy; regions have none, and only "mixed" knows those by name, see `MixedLoss`
+    class_weights : of the cross-entropy; regions have none, and only "mixed" knows those by name, see `MixedLoss`. Each of several
+        processes divides by the weights of its own share of the batch
     dice_activation : of "mixed"
 
     Raises
@@ -63,29 +62,6 @@ def build_loss(
         loss = DiceCELoss(batch_dice=batch_dice, ignore=ignore, class_weights=numbers, **shared)
     weights = supervision_weights(spec.network) if deep_supervision else (1.0,)
     return SupervisedLoss(loss, weights, distributed=distributed)
-
-
-def check_class_weights(weights: ClassWeights, spec: ModelSpec, kind: str) -> tuple[float, ...] | None:
-    """Give the weights that are numbers, one per class.
-
-    Raises
-    ------
-    SpecError
-        See `build_loss`.
-    """
-    if weights == "none":
-        return None
-    if spec.head.activation == "sigmoid":
-        raise SpecError("class_weights: this model has regions, which are learned one by one; leave them out")
-    if isinstance(weights, str):
-        if kind != "mixed":
-            raise SpecError(f"class_weights: {weights!r} belongs to loss 'mixed'; use that, or give a number per class")
-        return None
-    if len(weights) != spec.classes or not any(weights):
-        raise SpecError(
-            f"class_weights: expected one number for each of the {spec.classes} classes (background first), not all 0, got {weights}"
-        )
-    return weights
 
 
 def supervision_weights(network: NetworkSpec) -> tuple[float, ...]:
@@ -133,7 +109,7 @@ class SupervisedLoss(nn.Module):
         targets = targets * len(outputs) if len(targets) == 1 else targets
         if not len(outputs) == len(targets) == len(self.weights):
             raise InputError(f"the loss weighs {len(self.weights)} outputs, the network gave {len(outputs)} for {len(targets)} targets")
-        total, parts = outputs[0].new_zeros((), dtype=_real(outputs[0].dtype)), dict[str, Tensor]()
+        total, parts = outputs[0].new_zeros((), dtype=at_least_float32(outputs[0].dtype)), dict[str, Tensor]()
         for weight, logits, target in zip(self.weights, outputs, targets, strict=True):
             if weight:
                 value, pieces = self.loss(logits, target)
@@ -166,13 +142,13 @@ class DiceCELoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
         """(N, K, ...) and class indices (N, ...) or (N, 1, ...) -> loss and parts."""
-        target = _indices(logits, target)
-        logs = functional.log_softmax(logits.to(_real(logits.dtype)), 1)
+        target = class_indices(logits, target)
+        logs = functional.log_softmax(logits.to(at_least_float32(logits.dtype)), 1)
         weights = None if self.class_weights is None else logs.new_tensor(self.class_weights)
         plain = weights is None and not self.ignore
-        ce = functional.nll_loss(logs, target, ignore_index=IGNORED) if plain else _nll(logs, target, weights)
+        ce = functional.nll_loss(logs, target, ignore_index=IGNORED) if plain else nll(logs, target, weights)
         mask = (target != IGNORED)[:, None] if self.ignore else None
-        sums = soft_sums(logs[:, 1:].exp(), _one_hot(target, logits.shape[1])[:, 1:], mask)
+        sums = soft_sums(logs[:, 1:].exp(), one_hot(target, logits.shape[1])[:, 1:], mask)
         dice = soft_dice_loss(sums, batch=self.batch_dice, everywhere=self.distributed)
         return self.coefficients[0] * ce + self.coefficients[1] * dice, {"ce": ce, "dice": dice}
 
@@ -196,7 +172,7 @@ class RegionLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
         """(N, K, ...) and as many 0 and 1, -1 in all channels where ignored -> loss and parts."""
-        logits, truth = logits.to(_real(logits.dtype)), target > 0
+        logits, truth = logits.to(at_least_float32(logits.dtype)), target > 0
         mask = target[:, :1] != IGNORED if self.ignore else None
         ce = functional.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="mean" if mask is None else "none")
         if mask is not None:
@@ -239,12 +215,12 @@ class MixedLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
         """(N, K, ...) and class indices (N, ...) or (N, 1, ...) -> loss and parts."""
-        target, logits = _indices(logits, target), logits.to(_real(logits.dtype))
+        target, logits = class_indices(logits, target), logits.to(at_least_float32(logits.dtype))
         mask = (target != IGNORED)[:, None]
         logs = functional.log_softmax(logits, 1)
-        ce = _nll(logs, target, self._weights(logs.detach().exp(), mask))
+        ce = nll(logs, target, self._weights(logs.detach().exp(), mask))
         probabilities = (logits.sigmoid() if self.activation == "sigmoid" else logs.exp()) * mask
-        truth = _one_hot(target, logits.shape[1])
+        truth = one_hot(target, logits.shape[1])
         axes = (0, *range(2, logits.ndim))
         sums = torch.stack(((probabilities * truth).sum(axes), (probabilities**2).sum(axes), truth.sum(axes).to(logits.dtype)))
         intersection, predicted, true = over_processes(sums) if self.distributed else sums
@@ -265,27 +241,3 @@ class MixedLoss(nn.Module):
         if self.class_weights == "first_batch":
             self.frozen = weights.float()
         return weights
-
-
-def _nll(logs: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of minus the log-probability of the true class, weighted by class; 0 where every voxel is ignored."""
-    total = functional.nll_loss(logs, target, weights, ignore_index=IGNORED, reduction="sum")
-    counted = target != IGNORED
-    share = counted.sum() if weights is None else (weights[target.clamp_min(0)] * counted).sum()
-    return total / torch.where(share > 0, share, 1)
-
-
-def _indices(logits: Tensor, target: Tensor) -> Tensor:
-    """(N, ...) int64."""
-    return (target[:, 0] if target.ndim == logits.ndim else target).long()
-
-
-def _one_hot(target: Tensor, classes: int) -> Tensor:
-    """(N, ...) -> (N, C, ...) bool, all false where ignored."""
-    numbers = torch.arange(classes, device=target.device).view(1, -1, *[1] * (target.ndim - 1))
-    return target[:, None] == numbers
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is summed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

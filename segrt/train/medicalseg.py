@@ -13,8 +13,9 @@ from .cases import Dataset
 from .config import Model, TrainConfig, make_config
 from .dataset import open_dataset
 from .medicalseg_data import compare_datasets, count, read_nnunet, read_nnunet_data, read_vnet, read_vnet_data
-from .medicalseg_learning import read_loss, read_optimizer, read_schedule
-from .medicalseg_section import Notes, Row, Section
+from .medicalseg_learning import read_optimizer, read_schedule
+from .medicalseg_loss import read_loss
+from .medicalseg_section import Notes, Row, Section, shown
 from .medicalseg_yaml import Document, inside, read_document, relative_path
 
 _MODELS: Mapping[str, Model] = {"VNet": "vnet", "VNetDeepSup": "vnet", "NNUNet": "nnunet"}
@@ -49,7 +50,9 @@ class Recipe:
         """A table: key, value, what segrt does; a "!" where that is something else."""
         widths = [max(len(row.key) for row in self.rows), max(len(row.value) for row in self.rows)]
         lines = [f"{row.key:<{widths[0]}}  {row.value:<{widths[1]}}  {row.does}" for row in self.rows]
-        return "\n".join([f"{self.document.files[0]} means to segrt:", *lines]) + "\n"
+        files = [str(file.relative_to(self.document.root)) for file in self.document.files]
+        above = f" (with {', '.join(files[1:])})" if files[1:] else ""
+        return "\n".join([f"{files[0]}{above} means to segrt:", *lines]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def _read_iterations(top: Section) -> int:
         return 0
     iterations = top.whole("iters")
     notes.use("iters", iterations, f"{iterations} iterations", iterations=iterations)
-    traps.iterations_of_article(notes, iterations)
+    if not notes.beaten("iterations"):
+        traps.iterations_of_article(notes, iterations)
     return iterations
 
 
@@ -191,7 +195,7 @@ def find_dataset(recipe: Recipe) -> Path:
         for name in names:
             if (folder / name).is_dir() and inside(folder / name, folder):
                 return folder / name
-    named = f"the one it names ({', '.join(names)}) is neither beside it nor in {Path.cwd()}" if names else "it names none"
+    named = f"the one it names ({', '.join(map(shown, names))}) is neither beside it nor in {Path.cwd()}" if names else "it names none"
     raise InputError(f"DATASET is missing: {file} says how to train, and {named}; give the dataset's folder")
 
 

@@ -54,6 +54,10 @@ class Notes:
         told = does if not beaten else f"{does}; {' and '.join(beaten)} as you say instead"
         self.rows.append(Row(key, shown(value), told))
 
+    def beaten(self, *fields: str) -> bool:
+        """Whether the caller chose all of these fields himself."""
+        return self.given.issuperset(fields)
+
     def in_order(self, keys: Iterable[str]) -> tuple[Row, ...]:
         """The rows in the order of the file's outermost keys."""
         place = {key: at for at, key in enumerate(keys)}
@@ -71,7 +75,7 @@ class Notes:
         ------
         SpecError
         """
-        if fields and self.given.issuperset(fields):
+        if fields and self.beaten(*fields):
             self.warn(key, value, "not used, as you chose another")
             return
         raise SpecError(f"{self.file}: {key}: expected {expected}, got {shown(value)}{flag and f'; or choose yourself ({flag})'}")

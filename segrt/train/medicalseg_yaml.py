@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,8 +11,7 @@ from typing import Any
 from ..arrays import require
 from ..errors import InputError, SpecError
 
-MOST_BYTES, MOST_VALUES, DEEPEST = 1_000_000, 10_000, 16
-_SUFFIXES = (".yml", ".yaml")
+MOST_BYTES, MOST_VALUES, DEEPEST, LONGEST_KEY = 1_000_000, 10_000, 16, 100
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def read_document(path: Path, *, root: Path | None = None) -> Document:
     SpecError
         When a file is no YAML, says a key twice, or is nested deeper or larger than a configuration can be.
     """
-    path = path.absolute()
-    root = root.absolute() if root is not None else default_root(path)
+    path = _plain(path)
+    root = root.resolve() if root is not None else default_root(path)
     if not inside(path, root):
         raise InputError(f"{path} does not lie in {root}, the folder its configurations may come from; name one that holds it")
     values, files = _with_bases(path, root, ())
@@ -55,8 +55,13 @@ def default_root(path: Path) -> Path:
 
 
 def inside(path: Path, root: Path) -> bool:
-    """Whether a path, with all links followed, lies in a folder."""
-    return path.resolve().is_relative_to(root.resolve())
+    """Whether a path lies in a folder, itself and with all links followed."""
+    return all(where.is_relative_to(root.resolve()) for where in (path.resolve(), _plain(path)))
+
+
+def _plain(path: Path) -> Path:
+    """The path without `..` and links among its folders; a file that is a link keeps its own name and place."""
+    return path.parent.resolve() / path.name
 
 
 def relative_path(text: str) -> bool:
@@ -77,17 +82,15 @@ def _with_bases(path: Path, root: Path, above: tuple[Path, ...]) -> tuple[dict[s
 
 
 def _base_path(path: Path, text: object, root: Path) -> Path:
-    if not isinstance(text, str) or not text:
-        raise SpecError(f"{path}: _base_: expected the name of one YAML file, got {text!r}")
-    base = path.parent / text
+    if not isinstance(text, str) or not text.isprintable() or not text.endswith((".yml", ".yaml")):
+        raise SpecError(f"{path}: _base_: expected the name of one .yml or .yaml file, got {reprlib.repr(text)}")
     if not relative_path(text):
         raise InputError(f"{path}: _base_: expected a path relative to this file, got {text!r}")
+    base = _plain(path.parent / text)
     if not inside(base, root):
         raise InputError(
             f"{path}: _base_: {text!r} leads out of {root}; put the file below that folder, or name a higher one (--medicalseg-root)"
         )
-    if base.suffix not in _SUFFIXES:
-        raise InputError(f"{path}: _base_: expected a .yml or .yaml file, got {text!r}")
     return base
 
 
@@ -113,7 +116,7 @@ def _parsed(content: bytes, path: Path) -> Any:
     try:
         text = content.decode("utf-8-sig")
         for key, line in _repeated(yaml.compose(text, Loader=yaml.SafeLoader)):
-            raise SpecError(f"{path}, line {line}: key {key!r} is there twice; keep one of them")
+            raise SpecError(f"{path}, line {line}: key {reprlib.repr(key)} is there twice; keep one of them")
         return yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as err:
         if isinstance(err, SpecError):
@@ -155,8 +158,8 @@ def _check_size(values: Any, path: Path) -> None:
             raise SpecError(f"{path}: more than {limit}, so it is no configuration")
         if isinstance(value, dict):
             for key in value:
-                if not isinstance(key, str):
-                    raise SpecError(f"{path}: expected names as keys, got {key!r}")
+                if not isinstance(key, str) or not key.isprintable() or len(key) > LONGEST_KEY:
+                    raise SpecError(f"{path}: expected names as keys, got {reprlib.repr(key)}")
             left += [(item, depth + 1) for item in value.values()]
         elif isinstance(value, list):
             left += [(item, depth + 1) for item in value]

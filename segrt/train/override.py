@@ -8,7 +8,7 @@ from ..errors import SpecError
 from ..spec import ModelSpec, UNetSpec, parse_spec
 from .config import TrainConfig
 from .configuration import Configuration, Plan
-from .losses import check_class_weights
+from .cross_entropy import check_class_weights
 
 
 def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = None) -> Configuration:

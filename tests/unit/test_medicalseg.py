@@ -372,6 +372,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         {"train_dataset__transforms": [{"type": "Resize3D", "size": [64, 64]}]},
         r"size: expected a whole number, or three \(x, y, z\), got \[64, 64\]",
     ),
+    "half a voxel": (
+        "vnet",
+        {"train_dataset__transforms": [{"type": "Resize3D", "size": [64, 64, 1.5]}]},
+        r"size: expected a whole number, or three \(x, y, z\), got \[64, 64, 1.5\]",
+    ),
     "a scale": (
         "vnet",
         {"train_dataset__transforms": [{"type": "RandomResizedCrop3D", "size": 64, "scale": [1]}]},
@@ -421,6 +426,10 @@ def test_the_caller_beats_the_file(pairs: Path) -> None:
     assert (imported.config.batch_size, imported.config.folds) == (3, ("0",))
     assert not any(text.startswith("batch_size") for text in imported.warnings)
     assert "folds as you say instead" in imported.recipe.text
+    chosen = import_medicalseg(AMOS / "vnet.yml", pairs, decay_iterations=9, class_weights="batch").warnings
+    assert not any("decay_steps" in text or "losses.0.weight" in text for text in chosen)
+    assert not any(text.startswith("iters") for text in import_medicalseg(AMOS / "nnunet.yml", pairs, iterations=9).warnings)
+    assert import_medicalseg(AMOS / "nnunet.yml", pairs, memory_gb=4.0).config.planner == "default"
 
 
 def test_a_file_of_one_model_is_not_trained_as_another(pairs: Path) -> None:

@@ -72,6 +72,16 @@ def test_a_base_is_relative(tmp_path: Path, text: str) -> None:
         read(tmp_path, a=f"_base_: '{text}'\n")
 
 
+def test_a_file_named_from_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, amos__a="_base_: ../_base_/b.yml\n", _base_xb="iters: 1\n")
+    for folder, name in (("configs/amos", "a.yml"), ("configs/_base_", "../amos/a.yml"), (".", "configs/amos/../amos/a.yml")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert read_document(Path(name)).values == {"iters": 1}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shortcut").symlink_to("configs/amos")
+    assert read_document(Path("shortcut/a.yml")).root == tmp_path / "configs"
+
+
 def test_links_do_not_lead_out(tmp_path: Path) -> None:
     (tmp_path / "secret.yml").write_text("password: 1\n")
     path = write(tmp_path, a="_base_: link.yml\n")
@@ -104,9 +114,12 @@ BAD = {
     ),
     "a large file": ("a: " + "b" * MOST_BYTES, "larger than 1000 kB"),
     "a day there is not": ("a: 2001-99-99\n", "no YAML of plain values"),
-    "two bases": ("_base_: [a.yml, b.yml]\n", "_base_: expected the name of one YAML file, got"),
-    "no name": ("_base_:\n", "_base_: expected the name of one YAML file, got None"),
-    "no YAML file": ("_base_: passwd\n", "_base_: expected a .yml or .yaml file, got 'passwd'"),
+    "two bases": ("_base_: [a.yml, b.yml]\n", r"_base_: expected the name of one .yml or .yaml file, got \['a.yml', 'b.yml'\]"),
+    "no name": ("_base_:\n", "_base_: expected the name of one .yml or .yaml file, got None"),
+    "no YAML file": ("_base_: passwd\n", "_base_: expected the name of one .yml or .yaml file, got 'passwd'"),
+    "a byte no name has": ('_base_: "a\\0.yml"\n', "_base_: expected the name of one .yml or .yaml file"),
+    "a key that paints": ('"\\e[2J": 1\n', r"expected names as keys, got '\\x1b\[2J'"),
+    "a long key": ("a" * 200 + ": 1\n", "expected names as keys, got 'aaaaaaaaaaaa"),
     "no such base": ("_base_: missing.yml\n", "missing.yml cannot be read .*No such file"),
 }
 
