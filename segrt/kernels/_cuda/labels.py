@@ -3,6 +3,8 @@
 Fused with linear resampling a thread owns a voxel of the result: it interpolates every class from eight corners, which its neighbours read
 too and the caches keep, in float32. Where rounding could change the answer it decides again in float64, as the CPU's loops do and with
 their result. Nothing of size classes x result exists.
+
+On a GPU `src/logits.cu` takes the place of the bodies that make labels, where the voxels of a class have no gaps.
 """
 
 from __future__ import annotations
