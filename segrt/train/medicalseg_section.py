@@ -174,9 +174,9 @@ class Section:
             meant = f" (is {near[0]} meant?)" if near else ""
             self.notes.warn(self.name(key), self._values[key], f"segrt does not know this key{meant}, it is left out")
         for key, value in self._values.items():
-            name = self.name(key)
-            if not any(row.key == name or row.key.startswith(f"{name}.") for row in self.notes.rows):
-                self.notes.use(name, value, "as in segrt")
+            parts = value if isinstance(value, list) else [value]
+            if not any(isinstance(part, dict) for part in parts) and not any(row.key == self.name(key) for row in self.notes.rows):
+                self.notes.use(self.name(key), value, "read with the keys around it")
         self._taken |= self._values.keys()
 
     def _wrong(self, key: str, expected: str, value: object) -> SpecError:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from train_factory import write_dataset
 
 from segrt.errors import InputError, SpecError
 from segrt.train.config import TrainConfig, Transforms
+from segrt.train.dataset import read_training_case
 from segrt.train.medicalseg import Recipe, find_dataset, import_medicalseg, read_medicalseg
 
 AMOS = Path(__file__).parents[1] / "medicalseg" / "configs" / "amos"
@@ -493,3 +495,20 @@ def test_a_link_to_a_dataset_outside_is_not_followed(tmp_path: Path, monkeypatch
     (inside / "link").symlink_to(outside)
     with pytest.raises(InputError, match="DATASET is missing"):
         find_dataset(read_medicalseg(path))
+
+
+def test_medicalsegs_own_arrays_keep_their_order_and_become_hounsfield_units(tmp_path: Path) -> None:
+    folder = tmp_path / "phase0"
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for name in ("a", "b"):
+        np.save(folder / "images" / f"{name}.npy", np.full((64, 48, 16), 170, np.float32))
+        np.save(folder / "labels" / f"{name}.npy", np.ones((64, 48, 16), np.int32))
+    (folder / "train_list.txt").write_text("images/a.npy labels/a.npy\n")
+    (folder / "val_list.txt").write_text("images/b.npy labels/b.npy\n")
+    path = changed(tmp_path, "vnet", train_dataset__transforms=[{"type": "RandomResizedCrop3D", "size": [64, 48, 16]}])
+    imported = import_medicalseg(path, folder)
+    assert (imported.config.patch, imported.config.window) == ((64, 48, 16), "article")
+    assert imported.dataset.split == (("a",), ("b",))
+    volume, _ = read_training_case(imported.dataset.cases[0], imported.dataset)
+    assert float(volume.data.max()) == pytest.approx(0, abs=1e-3)
