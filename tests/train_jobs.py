@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,19 @@ def run(job: Job) -> list[Step]:
     return steps
 
 
-def train_in_group(rank: int, processes: int, folder: str, port: int) -> None:
-    """One process of a gloo group, as torchrun would start it."""
+def train_in_group(rank: int, processes: int, folder: str, port: int, dropout: float = 0.0, stop: int | None = None) -> None:
+    """One process of a gloo group, as torchrun would start it; the first asks to stop in iteration `stop`."""
+
+    def progress(step: Step) -> None:
+        if step.iteration == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    network = UNET_3D.model_copy(update={"dropout": dropout})
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=processes)
     try:
-        train(tiny_job(Path(folder), batches=make_batches(10), validation=make_batches(20)), CPU)
+        train(tiny_job(Path(folder), build=lambda: build(network, deep_supervision=True)), CPU, progress=progress)
     finally:
         distributed.destroy_process_group()
 

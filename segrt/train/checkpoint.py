@@ -50,7 +50,6 @@ class Checkpoints:
             When it cannot be written.
         """
         tensors, plain = _split({name: part.state_dict() for name, part in parts.items() if name != "network"})
-        tensors |= {f"generator.{place}": state for place, state in _generators().items()}
         values = self._header(iteration, progress) | {"parts": plain}
         target = self.folder / f"iter_{iteration:07d}"
         _write(target, values, {_WEIGHTS: parts["network"].state_dict(), _STATE: tensors})
@@ -69,7 +68,7 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("iter_*") if (path / _JSON).is_file())
 
     def resume(self, parts: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Load the newest checkpoint into `parts` and torch's generators; (iterations done, progress) come out, (0, {}) without any.
+        """Load the newest checkpoint into `parts`; (iterations done, progress) come out, (0, {}) without any.
 
         Raises
         ------
@@ -88,7 +87,6 @@ class Checkpoints:
         for name, part in parts.items():
             if name != "network":
                 part.load_state_dict(_joined(tensors, values["parts"][name], name))
-        _set_generators({name.removeprefix("generator."): t for name, t in tensors.items() if name.startswith("generator.")})
         return int(values["iteration"]), dict(values["progress"])
 
     def chosen(self) -> Weights:
@@ -182,16 +180,3 @@ def _joined(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], name: str) 
                 slots[int(number)][slot] = tensor
         state["state"] = slots
     return state
-
-
-def _generators() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_generators(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

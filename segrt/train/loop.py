@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .optim import build_optimizer, build_schedule, clip_gradients
 from .processes import add_up, agree, parallel, processes, rank, synchronised, wait_for_all
 from .records import Records
-from .surroundings import gpu_settings, lay_out, opened, profiler, seeded, signals
+from .surroundings import draw_anew, gpu_settings, lay_out, opened, profiler, seeded, signals
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         for iteration in range(start + 1, config.iterations + 1):
             began, reading, total = time.perf_counter(), 0.0, 0.0
             names: list[str] = []
+            draw_anew(config.seed, rank(), iteration)
             for part in range(config.accumulation):
                 asked = time.perf_counter()
                 data, targets, cases = next(batches)

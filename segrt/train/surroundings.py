@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +27,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def draw_anew(seed: int, rank: int, iteration: int) -> None:
+    """Seed torch for an iteration of a process: dropout is the same after a resume, without the state of any generator being kept."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, rank, iteration)).generate_state(1, np.uint64)[0]))
 
 
 @contextmanager

@@ -43,11 +43,8 @@ def test_everything_comes_back(tmp_path: Path, optimizer: str) -> None:
     before, after = _parts(optimizer), _parts(optimizer)
     for _ in range(3):
         _step(before)
-    state = torch.get_rng_state()
     store.save(3, before, {"best": 0.25, "average": None})
-    torch.rand(5)
     assert store.resume(after) == (3, {"best": 0.25, "average": None})
-    assert torch.equal(torch.get_rng_state(), state)
     for part in (before, after):
         _step(part, seed=7)
     for name, tensor in before["network"].state_dict().items():
@@ -106,7 +103,9 @@ def test_of_another_plan_or_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.safetensors"])
 def test_damaged_tensors(tmp_path: Path, name: str) -> None:
     store = Checkpoints(tmp_path, tiny_config())
-    path = store.save(1, _parts(), {})
+    parts = _parts()
+    _step(parts)
+    path = store.save(1, parts, {})
     (path / name).write_bytes((path / name).read_bytes()[:100])
     with pytest.raises(InputError, match=r"iter_0000001: damaged .* delete it to go on from an older one"):
         store.resume(_parts())

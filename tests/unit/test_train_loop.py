@@ -200,14 +200,31 @@ def test_the_profiler_writes_its_trace(tmp_path: Path) -> None:
 
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     run(tiny_job(tmp_path / "one"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.start_processes(train_in_group, (2, str(tmp_path / "two"), port), nprocs=2, start_method="spawn")
+    _in_group(tmp_path / "two")
     for a, b in zip(_losses(tmp_path / "one"), _losses(tmp_path / "two"), strict=True):
         assert float(a) == pytest.approx(float(b), abs=1e-5)  # the order of the sums differs
     for a, b in zip(_rows(tmp_path / "one" / "validation.csv"), _rows(tmp_path / "two" / "validation.csv"), strict=True):
         assert float(a["dice"]) == pytest.approx(float(b["dice"]), abs=1e-3)
+
+
+def test_resumed_processes_drop_what_they_would_have_dropped(tmp_path: Path) -> None:
+    """Every process has masks of its own, and the first one's checkpoint holds no other process' generator."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    _in_group(whole, 0.5)
+    _in_group(parts, 0.5, 3)
+    assert len(_losses(parts)) == 4
+    _in_group(parts, 0.5)
+    assert _losses(parts) == _losses(whole)
+    for name, tensor in _last(whole).items():
+        assert torch.equal(tensor, _last(parts)[name]), name
+
+
+def _in_group(folder: Path, *options: object) -> None:
+    """Two processes train in `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(train_in_group, (2, str(folder), port, *options), nprocs=2, start_method="spawn")
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
