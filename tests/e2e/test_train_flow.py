@@ -110,6 +110,22 @@ def test_a_cascade_trains_its_first_stage_first(tmp_path: Path, data: Path) -> N
         assert predictor(data / "imagesTr" / "ball_000_0000.nii.gz").labels.shape == (16, 20, 24)
 
 
+@pytest.mark.slow
+def test_a_cascade_may_be_half_of_a_pair(tmp_path: Path, data: Path) -> None:
+    """Scored with the first-stage labels its second stage was trained on; the bundle predicts that stage itself."""
+    plan = _cascade_plan(tmp_path / "plan.json", data)
+    bundle = train_model(data, tmp_path / "m", _config(split="kfold", configuration="3d_fullres+3d_cascade_fullres"), plan=plan)
+    assert bundle is not None
+    assert bundle.partner is not None
+    assert bundle.partner.previous is not None
+    assert bundle.spec.previous is None
+    work = tmp_path / "m.train"
+    scored = work / "3d_fullres+3d_cascade_fullres" / "fold_0" / "validation"
+    _same_as_validation(bundle, scored, data, previous=work / "3d_lowres" / "labels")
+    with Predictor(bundle, device="cpu", backend="pytorch") as predictor:
+        assert predictor(data / "imagesTr" / "ball_000_0000.nii.gz").labels.shape == (16, 20, 24)
+
+
 def test_a_cascade_needs_labels_of_every_case(tmp_path: Path, data: Path) -> None:
     plan = _cascade_plan(tmp_path / "plan.json", data)
     with pytest.raises(InputError, match="3d_lowres: no fold holds case ball_000 back"):

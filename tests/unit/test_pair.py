@@ -122,6 +122,17 @@ def test_the_bundles_own_engines_and_every_option(tmp_path: Path) -> None:
         predictor((IMAGE, SPACING))
 
 
+def test_a_gpus_path_gives_the_same(bundle: Bundle) -> None:
+    host, device = (
+        Predictor(bundle, backend="onnxruntime", device=name)((noisy(), SPACING), probabilities=True) for name in ("cpu", "simulated")
+    )
+    assert host.probabilities is not None
+    assert device.probabilities is not None
+    np.testing.assert_allclose(device.probabilities, host.probabilities, atol=1e-5)
+    close = np.diff(np.sort(host.probabilities, axis=0)[-2:], axis=0)[0] < 1e-4
+    np.testing.assert_array_equal(device.labels[~close], host.labels[~close])
+
+
 def test_half_sums(bundle: Bundle) -> None:
     half = Predictor(bundle, accumulate="float16")((noisy(), SPACING), probabilities=True)
     volumes = [predictor((noisy(), SPACING), probabilities=True).probabilities for predictor in alone(bundle, accumulate="float16")]
