@@ -1,9 +1,10 @@
 """The optimizer study on the hippocampus: SGD-Nesterov, Adam, AdamW x nnU-Net, V-Net, 5 minutes each on 2 cores; one segrt-study.
 
-    python benchmarks/study.py [--data FOLDER] [--out FOLDER] [--seconds 300] [--jobs N] [--report FOLDER] [--commit NAME] [--toy]
+    python benchmarks/study.py [--data FOLDER] [--out FOLDER] [--seconds 300] [--jobs N] [--report FOLDER] [--commit NAME] [--toy] ...
     python benchmarks/study.py --publish FOLDER
 
-The first 168 cases by name train, the last 42 validate. OUT keeps what segrt-study writes, so the same command goes on where it stopped.
+What is none of these goes to segrt-study, such as --lr sgd=0.05. The first 168 cases by name train, the last 42 validate. OUT keeps what
+segrt-study writes, so the same command goes on where it stopped.
 REPORT gets the summary, tables and picture alone; --publish takes such a folder into benchmarks/results and docs/study.
 """
 
@@ -40,10 +41,11 @@ CORES = 2
 # small enough for some thousand iterations in five minutes on two cores
 SETTINGS = (
     "--models nnunet,vnet --optimizers sgd,adam,adamw --split sorted:0.8 --width 0.25 --batch-size 2 --patch vnet=32,48,32 --nesterov "
-    "--validation-interval 100 --validation-batches 5 --save-interval 200 --workers 1 --device cpu"
+    "--augmentation nnunet --validation-interval 100 --validation-batches 5 --save-interval 200 --workers 1 --device cpu"
 )
 TOY = (
-    "--models nnunet,vnet --optimizers adamw --width 0.125 --batch-size 2 --patch vnet=16,16,16 --workers 0 --split sorted:0.6 --device cpu"
+    "--models nnunet,vnet --optimizers adamw --width 0.125 --batch-size 2 --patch vnet=16,16,16 --augmentation nnunet --workers 0 "
+    "--split sorted:0.6 --device cpu"
 )
 
 
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code, where no git tells")
     parser.add_argument("--publish", type=Path, help="take a report into the repository, and nothing else")
     parser.add_argument("--toy", action="store_true")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     if options.publish:
         publish(options.publish)
         return
@@ -70,7 +72,7 @@ def main() -> None:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = options.jobs or max(1, usable // CORES)
     began = time.perf_counter()
-    command = run(options.data, options.out, shlex.split(SETTINGS), seconds=options.seconds, jobs=jobs, cores=min(CORES, usable))
+    command = run(options.data, options.out, [*shlex.split(SETTINGS), *more], seconds=options.seconds, jobs=jobs, cores=min(CORES, usable))
     values = summarise(options.out, seconds=options.seconds, wall=time.perf_counter() - began, command=command)
     if options.commit:
         values["commit"] = options.commit

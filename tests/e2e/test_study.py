@@ -22,7 +22,22 @@ from segrt.train.study import run_study
 from segrt.train.study_plan import plan_runs
 from segrt.train.study_results import Study, load_study
 
-SMALL = ("--width", "0.125", "--batch-size", "2", "--patch", "vnet=16,16,16", "--workers", "0", "--split", "sorted:0.6", "--device", "cpu")
+SMALL = (
+    "--cores",
+    "1",
+    "--width",
+    "0.125",
+    "--batch-size",
+    "2",
+    "--patch",
+    "vnet=16,16,16",
+    "--workers",
+    "0",
+    "--split",
+    "sorted:0.6",
+    "--device",
+    "cpu",
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -141,7 +156,7 @@ def _tiny(data: Path, folder: Path, *, lr: float = 0.01, force: bool = False) ->
         "batch_size": 2,
         "device": "cpu",
     }
-    return run_study(data, folder, plan_runs(["nnunet"], ["adam"], lr=lr, **options), force=force)
+    return run_study(data, folder, plan_runs(["nnunet"], ["adam"], lr=lr, **options), cores=1, force=force)
 
 
 @pytest.mark.slow
@@ -172,7 +187,7 @@ def test_a_process_that_is_killed_is_a_failed_run(data: Path, tmp_path: Path) ->
         "if __name__ == '__main__':\n"
         "    config = TrainConfig.model_validate_json(sys.argv[3])\n"
         "    kill = lambda name, step: [os.kill(p.pid, signal.SIGKILL) for p in multiprocessing.active_children()]\n"
-        "    study = run_study(sys.argv[1], sys.argv[2], [StudyRun('one', config)], show=StudyShow(Show(), step=kill))\n"
+        "    study = run_study(sys.argv[1], sys.argv[2], [StudyRun('one', config)], cores=1, show=StudyShow(Show(), step=kill))\n"
         "    print(study.runs[0].status, study.runs[0].error)\n"
     )
     command = [sys.executable, str(script), str(data), str(tmp_path / "s"), run.config.to_json()]

@@ -21,7 +21,7 @@ from segrt.train.config import make_config
 from segrt.train.loop import Step
 from segrt.train.records import Records
 from segrt.train.study_jobs import share_cores
-from segrt.train.study_plan import LEARNING_RATES, plan_runs
+from segrt.train.study_plan import RECIPES, plan_runs
 from segrt.train.study_results import RunRecord, Study, load_study
 
 
@@ -31,13 +31,13 @@ def test_every_model_meets_every_optimizer() -> None:
     assert [run.name for run in runs] == ["nnunet-sgd", "nnunet-adamw", "vnet-sgd", "vnet-adamw"]
     assert [(run.config.model, run.config.optimizer) for run in runs] == [tuple(run.name.split("-")) for run in runs]
     assert {run.config.seed for run in runs} == {make_config().seed}
-    assert [run.config.lr for run in runs] == [LEARNING_RATES[run.config.model][run.config.optimizer] for run in runs]
+    assert [run.config.lr for run in runs] == [RECIPES[run.config.model][run.config.optimizer]["lr"] for run in runs]
 
 
 def test_a_value_may_be_for_a_run_an_optimizer_or_a_model() -> None:
     rates = {"vnet-sgd": "0.5", "sgd": "0.25", "vnet": "0.125"}
     runs = plan_runs(["nnunet", "vnet"], ["sgd", "adam"], iterations=10, lr=rates, width="0.5", patch={"vnet": ("16", "16", "16")})
-    assert [run.config.lr for run in runs] == [0.25, LEARNING_RATES["nnunet"]["adam"], 0.5, 0.125]
+    assert [run.config.lr for run in runs] == [0.25, RECIPES["nnunet"]["adam"]["lr"], 0.5, 0.125]
     assert [run.config.width for run in runs] == [0.5] * 4
     assert [run.config.patch for run in runs] == [None, None, (16, 16, 16), (16, 16, 16)]
 
