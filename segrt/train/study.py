@@ -54,10 +54,10 @@ def run_study(
 ) -> Study:
     """Train every run and compare them: study.json, curves.png, dice.* and runs.* in `output`, beside a bundle per run.
 
-    The cases are prepared once, before the first run; then each run is what `train_model` does, in a process of its own that sees only its
-    share of the cores. A run's minutes count its iterations alone, and poly and cosine fall over them, so the rate ends with the budget
-    whatever a step takes; under `iterations` a repeated study gives the same weights. Call it again after an interruption: finished runs
-    stay, others go on from their checkpoints. A run that fails does not end the others.
+    The cases are prepared once, before the first run; then each run is what `train_model` does, in a process of its own that sees only
+    its share of the cores. A run's minutes count its iterations alone, and poly and cosine fall over them, so the rate ends with the
+    budget whatever a step takes; under `iterations` a study repeated on as many cores gives the same weights. Call it again after an
+    interruption: finished runs stay, others go on from their checkpoints. A run that fails does not end the others.
 
     Parameters
     ----------
