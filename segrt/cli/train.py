@@ -96,6 +96,7 @@ def train(
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp16 on a GPU and fp32 on a CPU by default.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; 0 for none.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Batches per step.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Let torch.compile make one program of the network.")] = False,  # noqa: A002
     seed: Annotated[int | None, typer.Option(help="Of weights and patches.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that prepare cases and patches.")] = None,
     validation_interval: Annotated[int | None, typer.Option(help="Iterations between two looks at the validation patches.")] = None,
@@ -171,6 +172,7 @@ def train(
         "precision": precision,
         "clip": clip,
         "accumulation": accumulation,
+        "compile": compile or None,
         "seed": seed,
         "workers": workers,
         "validation_interval": validation_interval,

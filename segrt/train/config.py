@@ -77,6 +77,7 @@ class TrainConfig(Part):
     precision : of the forward pass; weights and optimizer stay float32. "auto" is nnU-Net's choice: fp16 on a GPU, fp32 on a CPU
     clip : largest norm of the gradient; 0 leaves it as it is
     accumulation : batches per optimizer step
+    compile : let torch.compile make one program of the network, which takes minutes and is faster after them on most GPUs
     validation_interval, validation_batches : how often, and on how many batches, the pseudo Dice is taken; 0 batches for never
     weights : which checkpoint becomes the member: the last, or the best by the moving average of the pseudo Dice
     profile : iterations (first, last) that torch's profiler records
@@ -129,6 +130,7 @@ class TrainConfig(Part):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     clip: float = Field(12.0, ge=0)
     accumulation: Positive = 1
+    compile: bool = False
     seed: int = Field(12345, ge=0)
     workers: int = Field(2, ge=0)
     validation_interval: Positive = 250

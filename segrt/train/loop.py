@@ -114,6 +114,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         if start:
             logger.info("%s: going on from iteration %d of %d", job.folder, start, config.iterations)
         model = parallel(network, device)
+        forward = torch.compile(model) if config.compile else model
         batches = stack.enter_context(opened(job.batches, start * config.accumulation))
         validated = start // config.validation_interval * config.validation_batches
         validation = stack.enter_context(opened(job.validation, validated))
@@ -133,7 +134,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                 targets = [target.to(device, non_blocking=True) for target in targets]
                 with synchronised(model, last=part == config.accumulation - 1):
                     with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
-                        outputs = _levels(model(data))
+                        outputs = _levels(forward(data))
                     loss, _ = job.loss(outputs, targets)
                     torch.autograd.backward(scaler.scale(loss / config.accumulation))
                 total += loss.item() / config.accumulation

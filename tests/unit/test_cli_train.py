@@ -102,6 +102,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--precision", "bf16"], "precision", "bf16"),
     (["--clip", "0"], "clip", 0),
     (["--accumulation", "4"], "accumulation", 4),
+    (["--compile"], "compile", True),
     (["--seed", "5"], "seed", 5),
     (["--workers", "0"], "workers", 0),
     (["--validation-interval", "9"], "validation_interval", 9),

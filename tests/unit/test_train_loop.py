@@ -181,6 +181,16 @@ def test_accumulated_batches_make_the_step_of_a_large_one(tmp_path: Path) -> Non
         assert float(a) == pytest.approx(float(b), abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_a_compiled_network_learns_the_same(tmp_path: Path) -> None:
+    run(tiny_job(tmp_path / "plain"))
+    run(tiny_job(tmp_path / "compiled", tiny_config(compile=True)))
+    for a, b in zip(_losses(tmp_path / "plain"), _losses(tmp_path / "compiled"), strict=True):
+        assert float(a) == pytest.approx(float(b), abs=1e-4)
+    assert _last(tmp_path / "plain").keys() == _last(tmp_path / "compiled").keys()
+
+
 def test_global_generators_are_left_as_they_were(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     run(tiny_job(tmp_path))
