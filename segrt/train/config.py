@@ -77,7 +77,7 @@ class TrainConfig(Part):
     precision : of the forward pass; weights and optimizer stay float32. "auto" is nnU-Net's choice: fp16 on a GPU, fp32 on a CPU
     clip : largest norm of the gradient; 0 leaves it as it is
     accumulation : batches per optimizer step
-    compile : let torch.compile make one program of the network, which takes minutes and is faster after them on most GPUs
+    compile : let torch.compile make one program of the network first
     validation_interval, validation_batches : how often, and on how many batches, the pseudo Dice is taken; 0 batches for never
     weights : which checkpoint becomes the member: the last, or the best by the moving average of the pseudo Dice
     profile : iterations (first, last) that torch's profiler records
