@@ -86,6 +86,8 @@ def _mean(flows: Sequence[Flow], *, probabilities: bool) -> tuple[Array, FloatAr
             scores[(slice(None), *slab)] = to_host(mean)
         del mean  # before the next one is made
         done = stop
+    for source in sources:
+        source.end()
     assert labels is not None, "an image has planes"
     return labels, scores
 
@@ -107,6 +109,11 @@ class _Source:
             self.logits = spread(part.logits, placement, spec) if whole else part.logits
             self._first = part.first
             self.ready = known_planes(placement, spec, part.ready, axis=self._axis)
+
+    def end(self) -> None:
+        """Let the network's loop end, and its logits go: what follows needs the memory."""
+        for _ in self._planes:
+            pass
 
     def add(self, mean: FloatArray, planes: tuple[int, int], share: float) -> None:
         """Add this model's share to the mean of these planes of the image."""

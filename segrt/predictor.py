@@ -201,10 +201,9 @@ class Predictor:
 
     @property
     def _load(self) -> Load:
-        batch = max(engine.batch for engine in self.engines)
         # one runs at a time; what nobody measured is estimated for 16-bit activations
         held = max(engine.held_bytes or engine.batch * engine_bytes(self.spec, 1) // 2 for engine in self.engines)
-        return Load(self.spec, batch, held, self.step, 2 ** len(self.mirror_axes))
+        return Load(self.spec, max(engine.batch for engine in self.engines), held, self.step, 2 ** len(self.mirror_axes))
 
     def _uploaded(self, volume: Volume) -> Volume:
         """The volume where the engines work, once it is known to fit there."""

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from factories import CountingEngine, banded, make_bundle, make_spec, nearest, write_case
+from factories import CountingEngine, banded, make_bundle, make_spec, nearest, volume_of, write_case
 
 from segrt import Predictor, predict_many
+from segrt.assemble import Flow, assemble
 from segrt.bundle import Bundle
 from segrt.device_plan import plan_device
 from segrt.engines.function import FunctionEngine
 from segrt.errors import BackendError, InputError, SpecError
+from segrt.infer import infer
 from segrt.io import find_cases, read_labels
 from segrt.memory import case_bytes
+from segrt.preprocess import preprocess
 from segrt.restore import MEAN_BYTES
 from segrt.slabs import Load
 from segrt.spec import Channel, KeepLargest, Label, NoNorm, PreviousStage, Resampling, SpacingTarget
 from segrt.volume import Grid
+from segrt.windows import Planes
 
 IMAGE = banded((9, 14, 11), seed=4)
 SPACING = (3.0, 1.5, 2.0)
@@ -131,6 +136,27 @@ def test_a_gpus_path_gives_the_same(bundle: Bundle) -> None:
     np.testing.assert_allclose(device.probabilities, host.probabilities, atol=1e-5)
     close = np.diff(np.sort(host.probabilities, axis=0)[-2:], axis=0)[0] < 1e-4
     np.testing.assert_array_equal(device.labels[~close], host.labels[~close])
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_both_loops_end_and_let_their_logits_go(probabilities: bool) -> None:
+    """Post-processing is planned for a GPU without them."""
+    specs = [make_spec(patch=(1, 8, 8)), make_spec(patch=(4, 6, 8))]
+    volume = volume_of(noisy())
+    held: list[str] = []
+    flows = []
+    for spec in specs:
+        data, placement = preprocess(volume, spec)
+        inferred = infer(data, [FunctionEngine(first)], spec, starts_per_slab=1)
+        flows.append(Flow(watched(inferred, held), placement, spec))
+    labels, _ = assemble(flows, probabilities=probabilities)
+    assert labels.shape == IMAGE.shape
+    assert held == ["ended", "ended"]
+
+
+def watched(planes: Iterable[Planes], ended: list[str]) -> Iterator[Planes]:
+    yield from planes
+    ended.append("ended")
 
 
 def test_half_sums(bundle: Bundle) -> None:
