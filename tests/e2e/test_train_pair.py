@@ -115,6 +115,15 @@ def test_the_best_of_configurations_and_pairs(work: Path, data: Path) -> None:
     assert (bundle.partner is not None) == (scores["best"] == PAIR)
 
 
+def test_pairs_may_be_left_out(work: Path, data: Path) -> None:
+    same = ("--iters", 2, "--width", 0.125, "--validation-interval", 2, "--validation-batches", 1, "--workers", 0, "--split", "kfold")
+    flags = ("--find-best", "-c", "2d,3d_fullres", "--no-pairs", "-f", "0,1", "--device", "cpu", "--work", work / "work")
+    _command("train", data, "-o", work / "single", *same, *flags)
+    scores = json.loads((work / "single" / "reports" / "configurations.json").read_text())
+    assert list(scores["configurations"]) == ["2d", "3d_fullres"]
+    assert Bundle.open(work / "single").partner is None
+
+
 def test_candidates_are_named_in_nnunets_order() -> None:
     planned = ("2d", "3d_fullres", "3d_lowres")
     everything = ("2d", "3d_fullres", "3d_lowres", "2d+3d_fullres", "2d+3d_lowres", "3d_fullres+3d_lowres")
