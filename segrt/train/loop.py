@@ -143,10 +143,14 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             last = iteration == config.iterations or seconds >= budget
             if not math.isfinite(mean):
                 raise InputError(_not_a_number(iteration, mean, names, config))
+            norm = 0.0
             if config.clip:
                 scaler.unscale_(optimizer)
-                clip_gradients(network.parameters(), config.clip)
-            scaler.step(optimizer)
+                norm = clip_gradients(network.parameters(), config.clip).item()
+            if math.isfinite(norm) or scaler.is_enabled():
+                scaler.step(optimizer)
+            else:  # fp16's scaler finds that itself; bf16 convolutions of a few voxels give such gradients now and then on CPUs
+                logger.warning("iteration %d: a gradient is %s, so the weights stay as they are", iteration, norm)
             scaler.update()
             lr = optimizer.param_groups[0]["lr"]
             schedule.step(seconds / budget)

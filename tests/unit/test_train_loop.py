@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import multiprocessing
-from train_jobs import CPU, make_batches, run, tiny_config, tiny_job, train_in_group
+from train_jobs import CPU, cross_entropy, make_batches, run, tiny_config, tiny_job, train_in_group
 
 from segrt.errors import InputError, SpecError
 from segrt.spec import Head
@@ -152,6 +153,20 @@ def test_a_loss_that_is_no_number_stops_with_the_names_of_the_cases(tmp_path: Pa
         train(job, CPU)
     weights = _last(tmp_path)
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    def loss(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        calls.append(len(calls))
+        value, parts = cross_entropy(outputs, targets)
+        return value + (outputs[0] * 0).sum().sqrt() if len(calls) == 2 else value, parts
+
+    steps = run(tiny_job(tmp_path, tiny_config(validation_batches=0), loss=loss))
+    assert all(math.isfinite(step.loss) for step in steps)
+    assert all(torch.isfinite(tensor).all() for tensor in _last(tmp_path).values())
+    assert caplog.messages == ["iteration 2: a gradient is nan, so the weights stay as they are"]
 
 
 def test_a_checkpoint_of_another_plan_or_configuration_is_refused(tmp_path: Path) -> None:
