@@ -32,6 +32,7 @@ from segrt.train.dataset import open_dataset
 from segrt.train.loader import Batches
 from segrt.train.losses import build_loss
 from segrt.train.prepare import prepare
+from segrt.train.surroundings import lay_out
 from segrt.volume import Grid
 
 PATCH, BATCH = (40, 56, 40), 9  # nnU-Net's plan for the hippocampus
@@ -90,6 +91,7 @@ def pace(batches: Batches, count: int) -> dict[str, float]:
 def train(batches: Batches, configuration: Configuration, steps: int) -> dict[str, float]:
     """Mean seconds of a training step, and what part of it waits for the next batch; the first steps are not counted."""
     network = build(configuration.spec.network, deep_supervision=True)
+    layout = lay_out(network, torch.device("cpu"))
     loss = build_loss(configuration.spec, batch_dice=True, deep_supervision=True)
     optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True)
     stream, waiting, whole = batches(), [], []
@@ -97,7 +99,7 @@ def train(batches: Batches, configuration: Configuration, steps: int) -> dict[st
         began = time.perf_counter()
         batch = next(stream)
         waiting.append(time.perf_counter() - began)
-        value, _parts = loss(network(batch.data), batch.targets)
+        value, _parts = loss(network(batch.data.to(memory_format=layout)), batch.targets)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()

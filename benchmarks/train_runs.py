@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from _timer import RESULTS, commit, environment
+from _timer import commit, environment, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 5e-4
@@ -83,6 +83,9 @@ def main() -> None:
     commands.add_parser("status", parents=[common], help="The last line of every run's log.")
     check = commands.add_parser("verify", parents=[common], help="Build and predict with a run's bundle, and write the result.")
     check.add_argument("folder", type=Path)
+    if sys.argv[1:] == ["--toy"]:
+        run_toy(parser)
+        return
     own, flags = _divide(sys.argv[1:])
     options = parser.parse_args(own)
     match options.command:
@@ -94,6 +97,33 @@ def main() -> None:
             show_status(options.out)
         case "verify":
             verify(options)
+
+
+def run_toy(parser: argparse.ArgumentParser) -> None:
+    """Train and verify for a moment on made-up images."""
+    from loader import make_images
+
+    with tempfile.TemporaryDirectory() as scratch:
+        make_images(Path(scratch) / "b_hippocampus", 5)
+        places = ["--data", scratch, "--out", scratch]
+        run = parser.parse_args(["train", "hippocampus_nnunet", *places, "--minutes", "0.05"])
+        train(
+            run,
+            [
+                "--width",
+                "0.0625",
+                "--patch",
+                "16,16,16",
+                "--no-mirroring",
+                "--workers",
+                "0",
+                "--validation-batches",
+                "1",
+                "--precision",
+                "fp32",
+            ],
+        )
+        verify(parser.parse_args(["verify", f"{scratch}/hippocampus_nnunet", *places]), toy=True)
 
 
 def _divide(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -225,7 +255,7 @@ def _cores(text: str) -> list[int]:
 
 
 # ------------------------------------------------------------------ the bundle afterwards
-def verify(options: argparse.Namespace) -> None:
+def verify(options: argparse.Namespace, *, toy: bool = False) -> None:
     """Build the bundle, predict the cases held back from their files by the two commands, and compare every Dice with the validation's."""
     from segrt.train.dataset import open_dataset
 
@@ -258,9 +288,7 @@ def verify(options: argparse.Namespace) -> None:
     )
     assert len(found) == len(result["per_case"])
     assert abs(mean - result["mean_dice"]) <= TOLERANCE, result["predicted"]
-    target = RESULTS / f"{result['benchmark']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {target}")
+    write_results(result["benchmark"], result, toy=toy)
 
 
 def _command(name: str, *arguments: str | Path) -> None:
