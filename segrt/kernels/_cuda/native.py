@@ -5,14 +5,13 @@ A call is a value, made of arrays wherever they lie, so that tests run it on the
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from ...arrays import require
-from ...device import Simulated
+from ...device import Simulated, asked_for
 
 THREADS = 256
 MOST_BLOCKS = 65535  # along y and z
@@ -36,7 +35,7 @@ class Call:
 
 # These kernels equal the thread bodies where they run as C++ on a CPU, and compile for every generation; no GPU has run them yet. Until one
 # has, the thread bodies, which one has, do the work unless SEGRT_CUDA_C=1 asks for these.
-_ASKED_FOR = os.environ.get("SEGRT_CUDA_C") == "1"
+_ASKED_FOR = asked_for("SEGRT_CUDA_C")
 
 
 def available(array: Any) -> bool:
