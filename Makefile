@@ -43,6 +43,7 @@ bench: install rival
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/same_labels.py
 	$(BIN)/python benchmarks/whole_job.py --rival $(RIVAL)/bin
+	$(BIN)/python benchmarks/step_time.py --rival $(RIVAL)/bin
 
 # nnU-Net itself, in an environment of its own; its dependencies pull a newer torch, which is put right afterwards
 rival: $(RIVAL)/.installed
