@@ -11,7 +11,7 @@ import numpy as np
 
 from .restore import can_restore_by_slab
 from .slabs import HOST_LOGITS, logits_bytes, mean_bytes, padded_shape, spread_bytes, starts_per_slab, whole_placement, working_shape
-from .spec import ModelSpec, UNetSpec, VNetSpec
+from .spec import ModelSpec, UNetPPSpec, UNetSpec, VNetSpec
 from .volume import Grid
 
 _SLACK = 128 * 2**20  # compiled kernels, thread stacks, the allocator's own rounding
@@ -114,6 +114,8 @@ def engine_bytes(spec: ModelSpec, members: int) -> int:
     network = spec.network
     if isinstance(network, VNetSpec):
         return _vnet_bytes(network, prod(spec.inference.patch), members)
+    if isinstance(network, UNetPPSpec):
+        return _unetpp_bytes(network, prod(spec.inference.patch), members)
     if not isinstance(network, UNetSpec):
         return members * 512 * 2**20
     voxels, activations, weights, before = float(prod(spec.inference.patch)), 0.0, 0.0, network.in_channels
@@ -132,6 +134,17 @@ def _vnet_bytes(network: VNetSpec, voxels: int, members: int) -> int:
     shrink = [1, *(prod(stride) for stride in network.strides)]
     largest = max(features * voxels / prod(shrink[: level + 1]) for level, features in enumerate(network.features))
     return int(members * 8 * weights + 4 * (6 * largest + 3 * network.out_channels * voxels) + 64 * 2**20)
+
+
+def _unetpp_bytes(network: UNetPPSpec, voxels: int, members: int) -> int:
+    """Every node's features, for later ones read them, and three times the widest input beside; eight windows of a 2-D network."""
+    weights, held, widest = 0, 0.0, 0.0
+    for i, j in network.nodes:
+        features, share = network.features[i], voxels / 2 ** (network.dimensions * i)
+        weights += 3**network.dimensions * features * (network.width(i, j) + features)
+        held, widest = held + features * share, max(widest, network.width(i, j) * share)
+    windows = 1 if network.dimensions == 3 else max(1, min(8, 2**18 // voxels))
+    return int(members * 8 * weights + 4 * windows * (held + 3 * widest) + 64 * 2**20)
 
 
 def estimate(

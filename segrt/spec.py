@@ -17,6 +17,7 @@ SCHEMA = 1
 Size = Annotated[int, Field(ge=1)]
 Triple = tuple[Size, Size, Size]
 Millimetres = Annotated[float, Field(gt=0)]
+Features = Annotated[int, Field(ge=1, le=2**16)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 LabelValue = Annotated[int, Field(ge=0, le=65535)]
 
@@ -272,6 +273,82 @@ class VNetSpec(Part):
         return ""
 
 
+class UNetPPSpec(Part):
+    """UNet++, and the U-Net it is measured against, in numbers: five scales, each half as fine as the one above.
+
+    Node (i, j) works at scale i and reads every node left of it at that scale and the one below, enlarged; "unet" has only the nodes of the
+    first column and of the last diagonal, each of which reads one node of its scale. `level` says how many scales below the finest are
+    used: nodes with i + j <= level exist. With `deep_supervision` there is a head for each of the levels 1..`level`, else one for the last.
+    `mode` is what a network with several heads answers: their mean (accurate), or the last one's logits (fast).
+
+    `norm` and `up` tell two published forms apart: batch normalisation and linear enlargement, or neither normalisation nor that, but
+    transposed convolutions (and dropout).
+    """
+
+    family: Literal["unetpp", "unet"]
+    dimensions: Literal[2, 3] = 2
+    in_channels: int = Field(ge=1)
+    out_channels: int = Field(ge=1)
+    features: tuple[Features, Features, Features, Features, Features] = (32, 64, 128, 256, 512)
+    level: int = Field(default=4, ge=1, le=4)
+    deep_supervision: bool = False
+    mode: Literal["accurate", "fast"] = "accurate"
+    norm: Literal["batch", "none"] = "batch"
+    up: Literal["linear", "transposed"] = "linear"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> UNetPPSpec:
+        if self.family == "unet" and self.deep_supervision:
+            raise ValueError("deep_supervision: a plain U-Net has one head only; take family 'unetpp'")
+        return self
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The levels that have a head."""
+        return tuple(range(1, self.level + 1)) if self.deep_supervision else (self.level,)
+
+    @property
+    def nodes(self) -> tuple[tuple[int, int], ...]:
+        """Nodes (scale, column) in an order in which each finds what it reads; those of a lower level come first."""
+        if self.family == "unet":
+            up = tuple((i, self.level - i) for i in reversed(range(self.level)))
+            return tuple((i, 0) for i in range(self.level + 1)) + up
+        return tuple((n - j, j) for n in range(self.level + 1) for j in range(n + 1))
+
+    def beside(self, j: int) -> range:
+        """Columns of its own scale that a node of column j reads."""
+        return range(j if self.family == "unetpp" else min(j, 1))
+
+    def width(self, i: int, j: int) -> int:
+        """Channels that node (i, j) reads."""
+        if j == 0:
+            return self.features[i - 1] if i else self.in_channels
+        return len(self.beside(j)) * self.features[i] + self.features[i if self.up == "transposed" else i + 1]
+
+    def refusal(self, shape: tuple[int, ...]) -> str:
+        """Say why this network cannot take patches of `shape` (z, y, x) and give back logits of the same; "" when it can."""
+        multiple = 2**self.level
+        for side, axis in zip(shape[3 - self.dimensions :], "zyx"[3 - self.dimensions :], strict=True):
+            if side % multiple:
+                return f"expected multiples of {multiple} on axis {axis}, got {side}"
+        return ""
+
+    def pruned(self, level: int) -> UNetPPSpec:
+        """Give this network without what the heads up to `level` do not need; in fast mode without the other heads too.
+
+        Raises
+        ------
+        SpecError
+            When it has no head at that level.
+        """
+        if level == self.level:
+            return self
+        if level not in self.heads:
+            raise SpecError(f"network.level: expected one of {', '.join(f'L{n}' for n in self.heads)} (those with a head), got L{level}")
+        return self.model_copy(update={"level": level, "deep_supervision": self.mode == "accurate"})
+
+
 class OnnxNetwork(Part):
     """A network segrt does not build itself: the bundle holds only its ONNX file."""
 
@@ -280,7 +357,7 @@ class OnnxNetwork(Part):
     out_channels: int = Field(ge=1)
 
 
-NetworkSpec = Annotated[UNetSpec | VNetSpec | OnnxNetwork, Field(discriminator="family")]
+NetworkSpec = Annotated[UNetSpec | VNetSpec | UNetPPSpec | OnnxNetwork, Field(discriminator="family")]
 
 
 class PreviousStage(Part):
@@ -335,7 +412,7 @@ class ModelSpec(Part):
             raise ValueError(
                 f"head.values: expected {self.network.out_channels} values (network.out_channels), got {len(self.head.values)}"
             )
-        if isinstance(self.network, VNetSpec) and (refusal := self.network.refusal(self.inference.patch)):
+        if isinstance(self.network, VNetSpec | UNetPPSpec) and (refusal := self.network.refusal(self.inference.patch)):
             raise ValueError(f"inference.patch: {refusal}")
         if self.dimensions == 2 and self.inference.patch[0] != 1:
             raise ValueError(f"inference.patch: a 2-D model's patch has z = 1, got {self.inference.patch}")

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import BuildError, SpecError
-from ..spec import NetworkSpec, OnnxNetwork, VNetSpec
+from ..spec import NetworkSpec, OnnxNetwork, UNetPPSpec, VNetSpec
 from .initialize import initialize
 from .nnunet import UNet
+from .unetpp import UNetPP
 from .vnet import VNet
 
-__all__ = ["Network", "UNet", "VNet", "build", "build_empty", "count_parameters", "initialize", "load_weights", "supervision_scales"]
+__all__ = [
+    "Network",
+    "UNet",
+    "UNetPP",
+    "VNet",
+    "build",
+    "build_empty",
+    "count_flops",
+    "count_parameters",
+    "initialize",
+    "load_weights",
+    "supervision_scales",
+]
 
-Network = UNet | VNet
+Network = UNet | VNet | UNetPP
 
 
 def build(spec: NetworkSpec, *, deep_supervision: bool = False) -> Network:
@@ -37,14 +51,18 @@ def build(spec: NetworkSpec, *, deep_supervision: bool = False) -> Network:
     Raises
     ------
     SpecError
-        For a network that only exists as ONNX, numbers no network can have, or deep supervision of a V-Net without heads for it.
+        For a network that only exists as ONNX, numbers no network can have, or deep supervision of a V-Net or UNet++ without heads for it.
     """
     if isinstance(spec, OnnxNetwork):
-        raise SpecError(f"network.family: {spec.family!r} has no layers to build; only plain_unet, residual_unet and vnet do")
+        raise SpecError(f"network.family: {spec.family!r} has no layers to build; only plain_unet, residual_unet, vnet, unetpp and unet do")
     if isinstance(spec, VNetSpec):
         if deep_supervision and not spec.deep_supervision:
             raise SpecError("network.deep_supervision: this V-Net has no heads at its coarser levels; plan it with deep_supervision=True")
         return VNet(spec, deep_supervision=deep_supervision).train(deep_supervision)
+    if isinstance(spec, UNetPPSpec):
+        if deep_supervision and not spec.deep_supervision:
+            raise SpecError("network.deep_supervision: this network has one head only; plan a UNet++ with deep_supervision=True")
+        return UNetPP(spec, deep_supervision=deep_supervision).train(deep_supervision)
     return UNet(spec, deep_supervision=deep_supervision).train(deep_supervision)
 
 
@@ -57,9 +75,11 @@ def build_empty(spec: NetworkSpec) -> Network:
 def supervision_scales(spec: NetworkSpec) -> tuple[tuple[float, ...], ...]:
     """Give the size of every output under deep supervision, in the order they come, as shares of the input's size on each axis.
 
-    nnU-Net's levels shrink by their strides; those of a V-Net are enlarged to full size. One output, of full size, where there is no deep
-    supervision.
+    nnU-Net's levels shrink by their strides; those of a V-Net are enlarged to full size, and a UNet++ makes all of them there. One output,
+    of full size, where there is no deep supervision.
     """
+    if isinstance(spec, UNetPPSpec):
+        return ((1.0, 1.0, 1.0),) * len(spec.heads)
     if isinstance(spec, OnnxNetwork | VNetSpec):
         count = 4 if isinstance(spec, VNetSpec) and spec.deep_supervision else 1
         return ((1.0, 1.0, 1.0),) * count
@@ -74,16 +94,31 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, torch.Tensor], *, where: str = "weights") -> None:
+def count_flops(spec: NetworkSpec, shape: Sequence[int]) -> int:
+    """Count the floating-point operations of convolutions on one patch of `shape` (z, y, x), two for each multiplication and addition."""
+    network = build_empty(spec)
+    patch = torch.empty(1, spec.in_channels, *shape[3 - len(network.strides) :], device="meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(patch)
+    return int(counter.get_total_flops())
+
+
+def load_weights(
+    network: nn.Module, weights: Mapping[str, torch.Tensor], *, where: str = "weights", whole: NetworkSpec | None = None
+) -> None:
     """Copy `weights` into `network` by name.
+
+    Parameters
+    ----------
+    whole : the network all of whose tensors `weights` holds, when `network` is a part of it; itself by default
 
     Raises
     ------
     BuildError
         When a tensor is missing, too many, or has another shape; the sentence names `where` and the first such tensor.
     """
-    check_weights(network, weights, where=where)
-    network.load_state_dict(dict(weights))
+    check_weights(network if whole is None else build_empty(whole), weights, where=where)
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
 
 
 def check_weights(network: nn.Module, weights: Mapping[str, torch.Tensor], *, where: str) -> None:

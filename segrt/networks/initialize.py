@@ -16,7 +16,8 @@ def initialize(network: nn.Module, *, generator: torch.Generator | None = None) 
 
     nnU-Net's: He's normal distribution for a negative slope of .01, whatever the activation; biases zero; the last normalisation of each
     residual block zero, so that the block starts as its shortcut. V-Net's, as Paddle initialises it: He's normal distribution for
-    convolutions, Glorot's uniform one for transposed convolutions, biases zero, slopes .25.
+    convolutions, Glorot's uniform one for transposed convolutions, biases zero, slopes .25. UNet++ has the same in 3-D, and in 2-D He's for
+    transposed convolutions too.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import InputError, SpecError
-from ..spec import ModelSpec, NetworkSpec, UNetSpec, VNetSpec
+from ..spec import ModelSpec, NetworkSpec, UNetPPSpec, UNetSpec, VNetSpec
 from .cross_entropy import IGNORED, ClassWeights, at_least_float32, check_class_weights, class_indices, nll, one_hot
 from .dice import over_processes, soft_dice_loss, soft_sums
 
@@ -67,8 +67,10 @@ def build_loss(
 def supervision_weights(network: NetworkSpec) -> tuple[float, ...]:
     """Weights of the outputs under deep supervision, finest first, in sum 1.
 
-    nnU-Net halves the weight from level to level and leaves the coarsest out; the four outputs of a V-Net count alike.
+    nnU-Net halves the weight from level to level and leaves the coarsest out; the outputs of a V-Net and of a UNet++ count alike.
     """
+    if isinstance(network, UNetPPSpec):
+        return (1 / len(network.heads),) * len(network.heads)
     if isinstance(network, VNetSpec) and network.deep_supervision:
         return (0.25,) * 4
     levels = len(network.features) - 1 if isinstance(network, UNetSpec) else 1
