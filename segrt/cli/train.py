@@ -116,9 +116,13 @@ def train(
     work: Annotated[Path | None, typer.Option(help="Folder for prepared cases and checkpoints; OUTPUT.train by default.")] = None,
     channels: Annotated[str | None, typer.Option(help="Names of the channels, such as CT or T1,T2.")] = None,
     image_suffix: Annotated[
-        str | None, typer.Option(help="How image names end before .nii.gz, such as _t1,_t2, when the layout is none of the known.")
+        str | None, typer.Option(help="How image names end, such as _t1,_t2 (or _t1.png,_t2.png), when the layout is none of the known.")
     ] = None,
-    label_suffix: Annotated[str | None, typer.Option(help="How names of label maps end.")] = None,
+    label_suffix: Annotated[str | None, typer.Option("--label-suffix", "--mask-suffix", help="How names of label maps end.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of the label maps, when DATASET holds images only.")] = None,
+    mask_threshold: Annotated[
+        float | None, typer.Option(help="Label maps are grey: above is the one structure, the rest is background.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle at OUTPUT.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False,
 ) -> None:
@@ -191,6 +195,8 @@ def train(
         "channels": comma_list(channels),
         "image_suffix": comma_list(image_suffix),
         "label_suffix": label_suffix,
+        "masks": masks,
+        "mask_threshold": mask_threshold,
     }
     from ..train.run import train_model
 

@@ -19,6 +19,14 @@ class TrainingCase:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """How grey masks are read: what is above `threshold` has the label `value`, the rest is background."""
+
+    threshold: float
+    value: int
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Cases with labels, and what the labels mean.
 
@@ -35,6 +43,7 @@ class Dataset:
     split : names of the cases to train on and to validate on, where the dataset itself says so (npy lists)
     npy_window : intensities that arrays in .npy files hold as 0 and 255; reading maps them back, so that models are trained on what
         their own window will give them later
+    mask : how label maps are read that are grey pictures of one structure; None where they hold labels
     """
 
     name: str
@@ -47,6 +56,7 @@ class Dataset:
     ignore: int | None = None
     split: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     npy_window: tuple[float, float] | None = None
+    mask: Mask | None = None
 
     def __post_init__(self) -> None:
         _check_labels(self)

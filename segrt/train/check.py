@@ -107,7 +107,7 @@ def _look(case: TrainingCase, *, dataset: Dataset) -> tuple[list[Problem], Array
     except InputError as err:
         problems.append(_problem(case, "image", str(err)))
     try:
-        labels, grid, dtype = read_label_map(case)
+        labels, grid, dtype = read_label_map(case, dataset.mask)
     except InputError as err:
         problems.append(_problem(case, "labels", str(err)))
     if volume is not None and labels is not None and (why := geometry_problem(case, volume, grid)):

@@ -14,9 +14,10 @@ from ..errors import InputError
 from ..io import read_volume
 from ..io.cases import PICTURE_SUFFIXES, image_suffix
 from ..volume import Grid, Volume
-from .cases import Dataset, TrainingCase
+from .cases import Dataset, Mask, TrainingCase
 from .dataset_json import Declared, Labels, parse_labels, read_dataset_json
 from .layouts import IMAGES, LABELS, Found, described, listed, paired, suffixed
+from .masks import apply_mask, find_masks, grey_mask
 
 __all__ = ["Dataset", "TrainingCase", "open_dataset", "read_image", "read_label_map", "read_training_case"]
 
@@ -34,6 +35,8 @@ def open_dataset(
     class_order: Sequence[int] = (),
     image_suffix: str | Sequence[str] | None = None,
     label_suffix: str | None = None,
+    masks: str | Path | None = None,
+    mask_threshold: float | None = None,
     npy_window: tuple[float, float] | None = None,
 ) -> Dataset:
     """Give the dataset in a folder, whichever of four layouts it has; only label maps are read, and only when nobody names the labels.
@@ -42,6 +45,7 @@ def open_dataset(
     - train_list.txt and val_list.txt with lines `images/a.npy labels/a.npy` (any image format), or such a file itself
     - the folders images and labels (or masks) with equal file names; `case_0000`, `case_0001` are channels
     - any folder tree, by how names end: `image_suffix` (one per channel) and `label_suffix`
+    - a folder of images with their label maps in another, `masks`; by equal names, or how they end
 
     Parameters
     ----------
@@ -49,6 +53,9 @@ def open_dataset(
     channels : names of the channels, instead of the dataset's own; "CT" matters to the planner
     labels : name -> value or values (a region); the background may be left out. By default the dataset's own, else the values found
     class_order : value each region is painted with; with `labels`
+    masks : folder of the label maps, where it is none of the dataset's own
+    mask_threshold : label maps are grey: what is above is the one structure ("foreground" unless `labels` names it), the rest background.
+        Its label is 255 in pictures, so that they can be looked at, else 1
     npy_window : the intensities .npy files hold as 0 and 255, (-1200, 600) in the article
 
     Raises
@@ -57,10 +64,17 @@ def open_dataset(
         When there is no such layout, images or label maps are missing, or what the dataset says about itself cannot be right.
     """
     root = Path(path)
-    found, declared, folder = _find(root, image_suffix, label_suffix)
+    if masks is None:
+        found, declared, folder = _find(root, image_suffix, label_suffix)
+    else:
+        found, declared, folder = find_masks(root, Path(masks), image_suffix, label_suffix), None, root
+        name = name or (root.resolve().parent.name if root.name in IMAGES else None)
     if channels is None:
         channels = declared.channels if declared else _channel_names(found.cases[0])
-    if labels is not None:
+    mask = None if mask_threshold is None else grey_mask(mask_threshold, found.cases[0], labels)
+    if mask is not None:
+        declared = _given(labels or {"foreground": mask.value}, ())
+    elif labels is not None:
         declared = _given(labels, class_order)
     elif declared is None:
         declared = Declared((), _labels_found(found.cases), (), None, {})
@@ -77,6 +91,7 @@ def open_dataset(
         ignore=declared.ignore,
         split=found.split,
         npy_window=npy_window,
+        mask=mask,
     )
 
 
@@ -95,7 +110,7 @@ def read_training_case(case: TrainingCase, dataset: Dataset) -> tuple[Volume, Ar
         that are no labels of the dataset.
     """
     volume = read_image(case, dataset)
-    labels, grid, _ = read_label_map(case)
+    labels, grid, _ = read_label_map(case, dataset.mask)
     problem = geometry_problem(case, volume, grid) or value_problem(case, labels, dataset)
     if problem:
         raise InputError(problem)
@@ -121,8 +136,8 @@ def read_image(case: TrainingCase, dataset: Dataset) -> Volume:
     return replace(volume, name=case.name)
 
 
-def read_label_map(case: TrainingCase) -> tuple[Array, Grid, str]:
-    """Read the label map of a case: (Z, Y, X) integer labels, their grid, and the dtype the file holds them in.
+def read_label_map(case: TrainingCase, mask: Mask | None = None) -> tuple[Array, Grid, str]:
+    """Read the label map of a case: (Z, Y, X) integer labels, their grid, and the dtype the file holds them in; a grey one by `mask`.
 
     Raises
     ------
@@ -134,6 +149,8 @@ def read_label_map(case: TrainingCase) -> tuple[Array, Grid, str]:
         raise InputError(f"case {case.name} has no label map")
     volume = _read_npy(path, None) if path.suffix == ".npy" else read_volume(path)
     data = volume.data
+    if mask is not None:
+        return apply_mask(volume, mask), volume.grid, "uint8"
     if len(data) != 1:
         raise InputError(f"{volume.name} has {len(data)} channels, expected 1: a label map")
     if data.dtype.kind == "f" and (wrong := data[np.rint(data) != data]).size:
@@ -143,6 +160,9 @@ def read_label_map(case: TrainingCase) -> tuple[Array, Grid, str]:
 
 def geometry_problem(case: TrainingCase, volume: Volume, grid: Grid) -> str | None:
     """Say how the label map's grid differs from the image's, or None."""
+    if (own := volume.grid).dimensions == grid.dimensions == 2 and own.shape != grid.shape:
+        sizes = [f"{y} x {x}" for _, y, x in (grid.shape, own.shape)]
+        return f"{_file(case.labels)} has {sizes[0]} pixels, its image {_file(case.images[0])} {sizes[1]}; a mask is as large as its image"
     why = volume.grid.mismatch(grid)
     return f"{_file(case.labels)} does not lie on the grid of {_file(case.images[0])}: it has {why}" if why else None
 

@@ -103,6 +103,11 @@ def measure(dataset: Dataset, *, workers: int = 0, samples: int = SAMPLES, progr
     one = partial(_measure_case, dataset=dataset, samples=samples // len(dataset.cases))
     cases = run_each(one, dataset.cases, workers=workers, progress=progress)
     if not any(len(case.values[0]) for case in cases):
+        if dataset.mask is not None:
+            raise InputError(
+                f"dataset {dataset.name}: none of the {len(cases)} masks has a pixel above {dataset.mask.threshold:g}, so there is nothing "
+                "to learn; take a lower mask_threshold, or check the masks"
+            )
         raise InputError(f"dataset {dataset.name}: no case has a voxel with a positive label, so there is nothing to learn")
     channels = range(len(dataset.channels))
     return Fingerprint(

@@ -38,4 +38,5 @@ def digest_of(dataset: Dataset) -> str:
     each = [entry for file in files for entry in (sorted(file.iterdir()) if file.is_dir() else [file])]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in each]
     declared = [dataset.name, dataset.channels, dict(dataset.labels), dataset.class_order, dataset.ignore]
-    return hashlib.sha256(json.dumps([declared, stats]).encode()).hexdigest()
+    read = [] if dataset.mask is None else [[dataset.mask.threshold, dataset.mask.value]]
+    return hashlib.sha256(json.dumps([declared, stats, *read]).encode()).hexdigest()

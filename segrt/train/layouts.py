@@ -86,8 +86,8 @@ def suffixed(images: Path, labels: Path, image_suffixes: Sequence[str], label_su
     Parameters
     ----------
     images, labels : roots that are searched; may be the same
-    image_suffixes : ends of the image's names before `.nii.gz`, one per channel; "" takes every file that is no label map
-    label_suffix : end of the label map's name
+    image_suffixes : ends of the image's names before `.nii.gz`, or with it, one per channel; "" takes every file that is no label map
+    label_suffix : end of the label map's name, likewise
 
     Raises
     ------
@@ -99,12 +99,15 @@ def suffixed(images: Path, labels: Path, image_suffixes: Sequence[str], label_su
             f"label_suffix: expected one that tells label maps from images ({', '.join(image_suffixes)}), got {label_suffix!r}"
         )
     maps = _keyed(labels, label_suffix, other=None)
-    channels = [_keyed(images, suffix, other=label_suffix if images == labels else None) for suffix in image_suffixes]
+    other = label_suffix if images == labels else labels
+    channels = [_keyed(images, suffix, other=other) for suffix in image_suffixes]
     groups = {key: [channel[key] for channel in channels if key in channel] for key in sorted({k for c in channels for k in c})}
     if short := [key for key, files in groups.items() if len(files) != len(channels)]:
         need = ", ".join(image_suffixes)
         raise InputError(f"{images}: {len(short)} of {len(groups)} cases lack one of {need}: {_some(_title(key) for key in short)}")
-    _check_pairs(groups, maps, images, labels)
+    if not groups and any(image_suffixes):
+        raise InputError(f"{images}: found no image whose name ends with {' or '.join(image_suffixes)}")
+    _check_pairs(groups, maps, images, labels, label_suffix)
     last = [_title(key) for key in groups]
     names = last if len(set(last)) == len(last) else ["_".join(part for part in key if part) for key in groups]
     return Found(_sorted(TrainingCase(n, tuple(groups[k]), maps[k]) for n, k in zip(names, groups, strict=True)))
@@ -160,11 +163,12 @@ def _nnunet_raw(folder: Path, channels: int, ending: Any) -> Found:
     return Found(cases, tuple(TrainingCase(case.name, case.files) for case in find_cases(tests, channels, ending)))
 
 
-def _check_pairs(groups: Mapping[Any, object], maps: Mapping[Any, object], images: Path, labels: Path) -> None:
+def _check_pairs(groups: Mapping[Any, object], maps: Mapping[Any, object], images: Path, labels: Path, suffix: str = "") -> None:
     """Refuse images without label map and label maps without image, by name."""
     alone = [_title(key) for key in groups if key not in maps]
     if alone:
-        raise InputError(f"{images}: {len(alone)} of {len(groups)} images have no label map in {labels}: {_some(alone)}")
+        ending = f" with a name that ends with {suffix}" if suffix else ""
+        raise InputError(f"{images}: {len(alone)} of {len(groups)} images have no label map{ending} in {labels}: {_some(alone)}")
     alone = [_title(key) for key in maps if key not in groups]
     if alone:
         raise InputError(f"{labels}: {len(alone)} of {len(maps)} label maps have no image in {images}: {_some(alone)}")
@@ -206,18 +210,32 @@ def _by_stem(folder: Path, ending: str | None = None) -> dict[str, Path]:
     return found
 
 
-def _keyed(root: Path, suffix: str, *, other: str | None) -> dict[tuple[str, ...], Path]:
-    """Files below `root` whose name ends with `suffix` (and not with `other`), by where they lie and what their name says besides."""
+def _keyed(root: Path, suffix: str, *, other: str | Path | None) -> dict[tuple[str, ...], Path]:
+    """Files below `root` whose name ends with `suffix`, by where they lie and what their name says besides; not those of `other`.
+
+    other : how the names of other files end, or the folder they lie in
+    """
     found: dict[tuple[str, ...], Path] = {}
     for path in sorted(root.rglob("*")):
-        stem = _stem(path)
-        if path.name.startswith(".") or not image_suffix(path) or not stem.endswith(suffix) or (other and stem.endswith(other)):
+        if path.name.startswith(".") or not image_suffix(path) or not _ends(path, suffix):
             continue
-        key = (*path.relative_to(root).parts[:-1], stem.removesuffix(suffix))
+        if other in path.parents if isinstance(other, Path) else other and _ends(path, other):
+            continue
+        name = path.name.removesuffix(suffix) if _is_whole(suffix) else _stem(path).removesuffix(suffix)
+        key = (*path.relative_to(root).parts[:-1], name)
         if key in found:
             raise InputError(f"{root}: {found[key].name} and {path.name} both end with {suffix!r} for one case; keep one of them")
         found[key] = path
     return found
+
+
+def _is_whole(suffix: str) -> bool:
+    """Whether a suffix says the format too, as _mask.png does."""
+    return image_suffix(Path(f"a{suffix}")) is not None
+
+
+def _ends(path: Path, suffix: str) -> bool:
+    return path.name.endswith(suffix) if _is_whole(suffix) else _stem(path).endswith(suffix)
 
 
 def _stem(path: Path) -> str:

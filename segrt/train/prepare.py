@@ -129,6 +129,7 @@ def _key(job: _Job) -> str:
         "labels": [label.values for label in job.spec.labels],
         "npy_window": job.dataset.npy_window,
         "stored": [job.dtype, job.storage],
+        **({"mask": [job.dataset.mask.threshold, job.dataset.mask.value]} if job.dataset.mask else {}),
         "files": [[str(file) for file in files], *([stat.st_size, stat.st_mtime_ns] for stat in stats)],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

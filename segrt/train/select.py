@@ -152,7 +152,7 @@ def _rescore(
     case: CaseScores, *, structures: Mapping[str, tuple[int, ...]], truths: Mapping[str, Any], dataset: Dataset, steps: Steps
 ) -> CaseScores:
     labels, grid = read_labels(case.prediction)
-    truth, _, _ = read_label_map(truths[case.name])
+    truth, _, _ = read_label_map(truths[case.name], dataset.mask)
     cleared = postprocess(labels, steps, voxel_mm3=grid.voxel_mm3)
     return replace(case, overlaps=overlaps(truth, cleared, structures, ignore=dataset.ignore))
 
