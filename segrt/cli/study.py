@@ -9,7 +9,6 @@ import typer
 
 from ..errors import InputError
 from .common import FAILED, PARTLY_FAILED, comma_list, configure_logging, run
-from .train import STOPPED
 
 if TYPE_CHECKING:
     from ..train.config import Model
@@ -76,6 +75,7 @@ def study(
     from ..train.study import run_study
     from ..train.study_plan import plan_runs
     from .studying import StudyBars, per_run, print_study
+    from .training import STOPPED, STOPPED_TEXT, ending_on_signals
 
     configure_logging(verbose=verbose)
     if (minutes is None) == (iters is None):
@@ -116,12 +116,12 @@ def study(
         "label_suffix": label_suffix,
     }
     runs = plan_runs(cast("list[Model]", list(comma_list(models) or ())), comma_list(optimizers) or (), **changes)
-    with StudyBars() as bars:
+    with ending_on_signals({}), StudyBars() as bars:
         result = run_study(dataset, output, runs, jobs=jobs, cores=cores, force=force, dataset_options=options, show=bars.show)
     print_study(result, output)
     statuses = [record.status for record in result.runs]
     if "stopped" in statuses or "waiting" in statuses:
-        typer.echo("stopped; the same command goes on from here", err=True)
+        typer.echo(STOPPED_TEXT, err=True)
         raise typer.Exit(STOPPED)
     if "failed" in statuses:
         raise typer.Exit(PARTLY_FAILED if "finished" in statuses else FAILED)

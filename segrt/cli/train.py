@@ -14,8 +14,6 @@ from .common import comma_list, configure_logging, run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-STOPPED = 130
-
 
 @app.command()
 def train(
@@ -132,7 +130,7 @@ def train(
 
     Exit codes: 0 done, 2 not, 130 stopped by a signal and saved.
     """
-    from .training import TrainBars, describe_training, is_first, join_processes
+    from .training import STOPPED, STOPPED_TEXT, TrainBars, describe_training, ending_on_signals, is_first, join_processes
 
     configure_logging(verbose=verbose)
     if iters is not None and epochs is not None:
@@ -205,6 +203,7 @@ def train(
         for text in reports.values():
             typer.echo(text)
     with ExitStack() as stack:
+        stack.enter_context(ending_on_signals(os.environ))
         device = stack.enter_context(join_processes(os.environ, device))
         bars = stack.enter_context(TrainBars(config.log_interval, quiet=not is_first(os.environ)))
         bundle = train_model(
@@ -222,7 +221,7 @@ def train(
             show=bars.show,
         )
     if bundle is None and not plan_only and is_first(os.environ):
-        typer.echo("stopped; the same command goes on from here", err=True)
+        typer.echo(STOPPED_TEXT, err=True)
         raise typer.Exit(STOPPED)
 
 

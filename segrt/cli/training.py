@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from ..errors import InputError
 
 logger = logging.getLogger(__name__)
+
+STOPPED, STOPPED_TEXT = 130, "stopped; the same command goes on from here"
+_AGAIN_S = 0.02
 
 if TYPE_CHECKING:
     from ..train.cases import Dataset
@@ -106,6 +114,37 @@ def describe_training(
     for warning in imported.warnings:
         logger.warning("%s: %s", file.name, warning)
     return imported.dataset, imported.config, {"medicalseg.txt": imported.recipe.text}
+
+
+@contextmanager
+def ending_on_signals(environment: Mapping[str, str]) -> Iterator[None]:
+    """End the block on SIGTERM as on Ctrl-C, wherever it is, by the exit code for what goes on later; while it iterates it saves first.
+
+    Those that torchrun started end as they would without us: while they wait for each other, nothing of ours would be called.
+    """
+    before = None if "WORLD_SIZE" in environment else signal.signal(signal.SIGTERM, _interrupt)
+    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(STOPPED_TEXT, err=True)
+        raise typer.Exit(STOPPED) from None
+    finally:
+        sys.unraisablehook = hook
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Where Python happened to be in a finaliser it drops the exception, and with it the wish to stop; so the signal is sent once more."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def is_first(environment: Mapping[str, str]) -> bool:

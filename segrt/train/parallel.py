@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from ..arrays import ProgressFn
@@ -30,14 +36,41 @@ def run_each(function: Callable[[_In], _Out], items: Sequence[_In], *, workers: 
     """
     if min(workers, len(items)) < 2:
         return _collect(map(function, items), len(items), progress)
+    count = min(workers, len(items))
     context = multiprocessing.get_context("spawn")  # a forked child of a process with running threads can hang
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+    end, ours = context.Pipe(duplex=False)
+    # what leaves the block early closes our end of the pipe first, and so does the end of this process, whatever ends it
+    with end, ProcessPoolExecutor(count, mp_context=context, initializer=_end_with, initargs=(end,)) as pool, ours:
         try:
-            return _collect(pool.map(function, items), len(items), progress)
+            with _later():
+                # starts the workers; map would cancel what is left after an error, which the end of a worker then stumbles over
+                futures = [pool.submit(function, item) for item in items]
+            done = _collect((future.result() for future in futures), len(items), progress)
         except BrokenProcessPool as err:
             raise BackendError(f"one of {workers} workers was killed, probably for want of memory; use fewer workers") from err
-        finally:
-            pool.shutdown(cancel_futures=True)  # what is left after an error need not run
+        pool.shutdown()
+    return done
+
+
+@contextmanager
+def _later() -> Iterator[None]:
+    """Signals that ask to stop wait for the end of the block; processes it starts never get them, for those are asked another way."""
+    resource_tracker.ensure_running()  # else the first process starts it, and signals come through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with(pipe: Connection) -> None:
+    """In a worker: end at once when the other end of the pipe is closed; nothing else tells that whoever wants the results is gone."""
+
+    def watch() -> None:
+        wait([pipe])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _collect(results: Iterable[_Out], total: int, progress: ProgressFn | None) -> list[_Out]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 from train_jobs import write_dataset
 
 from segrt.cli import train as train_command
-from segrt.cli.training import TrainBars, is_first, join_processes, step_text
+from segrt.cli.training import TrainBars, ending_on_signals, is_first, join_processes, step_text
 from segrt.train.loop import Step
 
 
@@ -245,3 +249,35 @@ def test_alone_there_is_no_group() -> None:
     assert not is_first({"RANK": "1"})
     with join_processes({}, "auto") as device:
         assert device == "auto"
+
+
+class _StopsInTheEnd:
+    """An object in whose finaliser a signal arrives."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self._number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self._number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_even_where_python_drops_its_exception(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work() -> None:
+        with ending_on_signals({}):
+            _StopsInTheEnd(number)
+            for _ in range(1000):
+                time.sleep(0.01)
+
+    with pytest.raises(typer.Exit) as left:
+        work()
+    assert left.value.exit_code == 130
+    assert capfd.readouterr().err == "stopped; the same command goes on from here\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_processes_of_a_group_keep_their_own_way_of_ending() -> None:
+    with ending_on_signals({"WORLD_SIZE": "2"}):
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
