@@ -17,6 +17,7 @@ import numpy as np
 
 from .arrays import require
 from .errors import InputError, SpecError
+from .level import level_of, prune_spec
 from .pair import check_identity, check_pair
 from .spec import ModelSpec, Partner, load_spec
 
@@ -29,10 +30,12 @@ class Bundle:
     ----------
     path : the folder
     spec : what model.json says
+    whole : of a pruned UNet++ (see `at_level`) the bundle it is a level of, else None
     """
 
     path: Path
     spec: ModelSpec
+    whole: Bundle | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -106,17 +109,47 @@ class Bundle:
                 file.write_bytes(content.encode() if isinstance(content, str) else content)
         return cls(target, spec)
 
+    def at_level(self, level: str) -> Bundle:
+        """Give the model pruned to "L1", "L2", ...: the same folder and weights, with ONNX files and engines of its own.
+
+        Raises
+        ------
+        InputError
+            When this is no UNet++, or one without a head at that level.
+        """
+        spec = prune_spec(self.path, self.spec, level)
+        return self if spec is self.spec else Bundle(self.path, spec, whole=self)
+
+    @property
+    def level(self) -> str | None:
+        """ "L1", "L2", ... of a pruned network; None of a whole one."""
+        return None if self.whole is None else level_of(self.spec)
+
+    @property
+    def build_command(self) -> str:
+        """What makes the ONNX files and engines of this model."""
+        return f"segrt-build {self.path}" + (f" --prune {self.level}" if self.level else "")
+
+    def keyed(self, name: str) -> str:
+        """A name that no other level's file or engine has."""
+        return f"{name}-{self.level}" if self.level else name
+
     def weights_path(self, member: str) -> Path:
         """Where this member's safetensors file belongs."""
         return self.path / "weights" / f"{member}.safetensors"
 
     def onnx_path(self, member: str) -> Path:
         """Where this member's ONNX file belongs."""
-        return self.path / "onnx" / f"{member}.onnx"
+        return self.path / "onnx" / f"{self.keyed(member)}.onnx"
+
+    @property
+    def reference_path(self) -> Path:
+        """Where windows and their logits are kept, to verify engines without torch."""
+        return self.path / "onnx" / f"{self.keyed('reference')}.npz"
 
     def engine_path(self, key: str) -> Path:
         """Where the compiled files of one engine belong."""
-        return self.path / "engines" / key
+        return self.path / "engines" / self.keyed(key)
 
     @cached_property
     def previous(self) -> Bundle | None:
@@ -144,7 +177,7 @@ class Bundle:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over model.json and every member's ONNX (else weights): what predictions.json records."""
-        digest = hashlib.sha256((self.path / "model.json").read_bytes())
+        digest = hashlib.sha256((self.path / "model.json").read_bytes() + (self.level or "").encode())
         for member in self.spec.members:
             file = self.onnx_path(member)
             digest.update(sha256(file if file.is_file() else self.weights_path(member)).encode())

@@ -11,6 +11,7 @@ from .bundle import Bundle
 from .engines import Backend, Engine, Precision, open_engine, resolve_device
 from .engines.compose import Spread
 from .errors import BackendError, InputError
+from .level import levels_of
 from .windows import Accumulate
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,28 @@ class Options:
     def beside(self, device: str) -> dict[str, Any]:
         """Give the arguments of a Predictor whose engines go where others were opened, on `device`."""
         return {**vars(self), "device": device if self.device == "auto" else self.device}
+
+
+def choose_level(bundle: Bundle, level: str | None, backend: Backend) -> Bundle:
+    """Give the bundle pruned to `level`, itself for None, whose ONNX files are there unless PyTorch runs it from the weights.
+
+    Raises
+    ------
+    InputError
+        When the model has no such level, or nobody has made it; the sentence names those that were made.
+    """
+    chosen = bundle if level is None else bundle.at_level(level)
+    if chosen.whole is None or backend == "pytorch" or _is_made(chosen):
+        return chosen
+    made = [name for name in levels_of(bundle.spec) if _is_made(bundle.at_level(name))]
+    raise InputError(
+        f"{bundle.path} has no level {level}, only {', '.join(made) or 'weights that nothing was built from'}; "
+        f"make it with: {chosen.build_command}"
+    )
+
+
+def _is_made(bundle: Bundle) -> bool:
+    return all(bundle.onnx_path(member).is_file() for member in bundle.spec.members)
 
 
 def choose_members(bundle: Bundle, folds: Sequence[str] | None) -> tuple[str, ...]:

@@ -259,6 +259,7 @@ def _provenance(predictor: Predictor) -> dict[str, Any]:
         "accumulate": predictor.accumulate,
         "postprocess": [step.model_dump() for step in predictor.steps],
         "threads": predictor.threads,
+        **({"level": predictor.bundle.level} if predictor.bundle.level else {}),
     }
     known: dict[str, Any] = json.loads(json.dumps({"bundle_sha256": predictor.bundle.fingerprint, "settings": settings}))
     return known

@@ -21,7 +21,7 @@ from .infer import Inferred, infer, share_progress
 from .io import read_volume
 from .io.read import Source, read_previous
 from .memory import engine_bytes
-from .opening import Options, choose_members, open_engines
+from .opening import Options, choose_level, choose_members, open_engines
 from .postprocess import postprocess
 from .preprocess import preprocess
 from .slabs import Load, plan_host
@@ -42,6 +42,7 @@ class Predictor:
     ----------
     model : folder of a bundle, or an open `Bundle`
     folds : members to average; all by default
+    level : "L1", "L2", ... of a UNet++ that `segrt-build --prune` has pruned; the whole network by default
     backend, precision : see `segrt.engines.open_engine`
     device : "cpu", "cuda", "cuda:1", or "auto": the first GPU when there is one with an engine for it, else the CPU. Of several, as in
         "cuda:0,cuda:1", the first holds the case and all of them run its windows, to the same labels as one. "simulated" takes a GPU's
@@ -59,7 +60,7 @@ class Predictor:
     SpecError, BackendError
         When the bundle or an engine cannot be used.
     InputError
-        When a fold is not in the bundle.
+        When a fold or a level is not in the bundle.
 
     Examples
     --------
@@ -74,6 +75,7 @@ class Predictor:
         model: str | Path | Bundle,
         *,
         folds: Sequence[str] | None = None,
+        level: str | None = None,
         backend: Backend = "auto",
         precision: Precision | None = None,
         device: str = "auto",
@@ -86,7 +88,7 @@ class Predictor:
         engines: Sequence[Engine] | None = None,
     ) -> None:
         options = Options(backend, precision, device, step, tta, accumulate, threads)
-        self.bundle = model if isinstance(model, Bundle) else Bundle.open(model)
+        self.bundle = choose_level(model if isinstance(model, Bundle) else Bundle.open(model), level, backend)
         self.spec: ModelSpec = self.bundle.spec
         self.members = choose_members(self.bundle, folds)
         self.step, self.accumulate, self.threads = step, accumulate, threads

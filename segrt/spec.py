@@ -425,6 +425,8 @@ class ModelSpec(Part):
             if getattr(self, name).method == "none" and (self.resample_image.method != "none" or isinstance(self.target, ShapeTarget)):
                 raise ValueError(f"{name}.method: 'none' needs a target spacing and images that are not resampled either")
         for member in self.members:
+            if isinstance(self.network, UNetPPSpec) and member[-3:-1] == "-L":
+                raise ValueError(f"members: a member's name may not end like those of its levels' files, got {member!r}")
             if not member.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"members: a member's name is letters, digits, - and _, got {member!r}")
         return self

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from .common import check_choices, comma_list, configure_logging, run
+from .pruning import PruneOptions, show_levels
 
 if TYPE_CHECKING:
     from ..engines import Backend, Precision
@@ -39,6 +40,22 @@ def build(
     sample: Annotated[Path | None, typer.Option(help="Image to verify on; a phantom by default.")] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Export ONNX with free spatial shape.")] = False,
     head: Annotated[str, typer.Option(help="What the ONNX file gives: logits, softmax or argmax.")] = "logits",
+    prune: Annotated[
+        str | None, typer.Option(help="Levels of a UNet++ to build, time and score, such as L1,L2,L3,L4.", show_default=False)
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Dice the recommended level may lose; 0.005 by default.", show_default=False)
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images to score levels on; those the training held back by default.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Folder of their label maps or masks.")] = None,
+    mask_suffix: Annotated[
+        str | None, typer.Option(help="End of a mask's file name, such as _mask.png; the image's own by default.", show_default=False)
+    ] = None,
+    mask_threshold: Annotated[
+        float | None, typer.Option(help="Grey values above it are foreground in masks; by default they hold labels.", show_default=False)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle; keep an engine that falls short, marked.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False,
 ) -> None:
@@ -52,6 +69,9 @@ def build(
 
     configure_logging(verbose=verbose)
     check_choices(backend=backend, head=head)
+    wanted = PruneOptions(prune, max_drop, images, labels, mask_suffix, mask_threshold)
+    wanted.check()
+    validation = None if prune is None else wanted.validation(source)
     precisions = tuple(name for name, wanted in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16), ("int8", int8)) if wanted)
     bundle, reports = build_model(
         source,
@@ -67,8 +87,12 @@ def build(
         head=cast("Head", head),
         force=force,
         tensorrt=TensorRTOptions(batch=batch, workspace_bytes=int(workspace_gb * 1e9), compatible=compatible),
+        prune=wanted.levels,
     )
     print_build(bundle, reports)
+    if prune is not None:
+        options = {"backend": backend, "device": device, "precision": precisions[0] if precisions else None}
+        show_levels(bundle, wanted, validation, sample=sample, options=options)
 
 
 def main() -> None:

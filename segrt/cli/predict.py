@@ -19,6 +19,9 @@ def predict(
     output: Annotated[Path, typer.Argument(help="Folder for the labels; made when missing.")],
     model: Annotated[Path, typer.Option("--model", "-m", help="Bundle made by segrt-build or segrt-train.")] = Path("segrt_model"),
     folds: Annotated[str | None, typer.Option("--folds", "-f", help="Members to average, such as 0,1,2 or all.")] = None,
+    level: Annotated[
+        str | None, typer.Option(help="Pruned UNet++ to run, such as L2, made by segrt-build --prune.", show_default=False)
+    ] = None,
     step: Annotated[float | None, typer.Option(help="Window step as a fraction of the patch; the model's own by default.")] = None,
     tta: Annotated[bool, typer.Option("--tta/--no-tta", help="Average over the model's mirrored axes.")] = True,
     postprocess: Annotated[bool, typer.Option("--postprocess/--no-postprocess", help="Apply the model's post-processing.")] = True,
@@ -53,6 +56,7 @@ def predict(
     check_folder(previous)
     options: dict[str, Any] = {
         "folds": comma_list(folds),
+        "level": level,
         "backend": backend,
         "precision": precision,
         "step": step,

@@ -146,6 +146,15 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
+def print_rows(title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Print a table of text as it stands, a row per dictionary."""
+    first, *others = rows[0]
+    table = _table(title, (first,), others)
+    for row in rows:
+        table.add_row(*row.values())
+    _console().print(table, highlight=False)
+
+
 def print_build(bundle: Bundle, reports: Sequence[dict[str, Any]]) -> None:
     """Print a line per engine and member: how it compares with the fp32 torch network."""
     print(f"{bundle.spec.name} in {bundle.path}: members {', '.join(bundle.spec.members)}")

@@ -103,7 +103,7 @@ def _cpu_backend(bundle: Bundle, member: str) -> str:
     path = bundle.onnx_path(member)
     if path.is_file():
         return "openvino"
-    logger.warning("%s is missing: member %s runs on PyTorch, which is slower; make it with segrt-build", path, member)
+    logger.warning("%s is missing: member %s runs on PyTorch, which is slower; make it with %s", path, member, bundle.build_command)
     return "pytorch"
 
 
@@ -194,16 +194,30 @@ def check_onnx(bundle: Bundle, member: str) -> str:
     """
     path = bundle.onnx_path(member)
     if not path.is_file():
-        raise BackendError(f"{path} is missing; make it with: segrt-build {bundle.path}")
+        raise BackendError(f"{path} is missing; make it with: {bundle.build_command}")
     found = sha256(path)
-    recorded = read_build(path.parent / "build.json").get("sha256", {})
-    expected = recorded.get(member) if isinstance(recorded, dict) else None
+    expected = _recorded(path, "sha256")
     if expected != found:
         raise BackendError(
             f"{path} is not the file that was exported (SHA-256 {found[:12]}, onnx/build.json says {str(expected)[:12]}); "
-            f"copy the bundle again or run: segrt-build {bundle.path} --force"
+            f"copy the bundle again or run: {bundle.build_command} --force"
         )
+    _check_level(bundle, member, path)
     return found
+
+
+def _check_level(bundle: Bundle, member: str, path: Path) -> None:
+    """Raise a BackendError when a pruned network's file was made beside another export of the whole network."""
+    if bundle.whole is None or member not in bundle.spec.members or not (whole := bundle.whole.onnx_path(member)).is_file():
+        return
+    if _recorded(path, "level_of") != sha256(whole):
+        raise BackendError(f"{path} is a level of another network than {whole.name}; make it again with: {bundle.build_command}")
+
+
+def _recorded(path: Path, what: str) -> str | None:
+    """What onnx/build.json says of a file."""
+    values = read_build(path.parent / "build.json").get(what, {})
+    return values.get(path.stem) if isinstance(values, dict) else None
 
 
 def read_build(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def check_compiled(bundle: Bundle, member: str, file: Path, build: Mapping[str, 
     BackendError
         When the ONNX file or the compiled one is not that of the record.
     """
-    rebuild = f"rebuild it with: segrt-build {bundle.path} --force"
+    rebuild = f"rebuild it with: {bundle.build_command} --force"
     members = build.get("members")
     known = members.get(member) if isinstance(members, dict) else None
     entry: dict[str, Any] = known if isinstance(known, dict) else {}
@@ -47,5 +47,5 @@ def check_window(bundle: Bundle, file: Path, window: Sequence[int]) -> None:
     if tuple(window) != wanted:
         raise BackendError(
             f"{file} was compiled for windows of {' x '.join(str(n) for n in window)} (channels first), model.json describes "
-            f"{' x '.join(str(n) for n in wanted)}; rebuild it with: segrt-build {bundle.path} --force"
+            f"{' x '.join(str(n) for n in wanted)}; rebuild it with: {bundle.build_command} --force"
         )

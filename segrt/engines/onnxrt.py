@@ -124,14 +124,14 @@ def model_file(bundle: Bundle, member: str, precision: str) -> tuple[Path, str]:
         return path, "fp32"
     # a new export drops this entry: the typed file of other weights stays behind
     made_of = read_build(path.with_name("build.json")).get("fp16_of", {})
-    if not typed.is_file() or made_of.get(member) != sha256(path):
+    if not typed.is_file() or made_of.get(path.stem) != sha256(path):
         logger.warning(
-            "%s is missing or old: ONNX Runtime computes in fp32; make it with: segrt-build %s --backend onnxruntime --device cuda --fp16",
+            "%s is missing or old: ONNX Runtime computes in fp32; make it with: %s --backend onnxruntime --device cuda --fp16",
             typed,
-            bundle.path,
+            bundle.build_command,
         )
         return path, "fp32"
-    check_onnx(bundle, typed.stem)
+    check_onnx(bundle, f"{member}-fp16")
     return typed, "fp16"
 
 

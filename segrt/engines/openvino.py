@@ -86,7 +86,7 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int) -> Op
     if precision != "fp32":
         # what loses digits is not trusted before it was held against the fp32 network
         raise BackendError(
-            f"{bundle.path} has no verified {precision} engine for this machine; make one with: segrt-build {bundle.path} --{precision}"
+            f"{bundle.path} has no verified {precision} engine for this machine; make one with: {bundle.build_command} --{precision}"
         )
     logger.warning("%s has no compiled engine for this machine: compiling now; keep and verify one with segrt-build", bundle.path)
     compiled = compile_member(core, bundle, member, precision, threads)

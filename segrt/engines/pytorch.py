@@ -184,7 +184,7 @@ def _load(bundle: Bundle, member: str, network: NetworkSpec) -> Any:
     except (safetensors.SafetensorError, OSError) as err:
         raise BackendError(f"{path}: not readable as safetensors ({err}); copy the bundle again") from err
     built = build(network)
-    load_weights(built, weights, where=str(path))
+    load_weights(built, weights, where=str(path), whole=bundle.whole.spec.network if bundle.whole else None)
     return built
 
 

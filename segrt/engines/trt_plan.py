@@ -67,19 +67,23 @@ def find_plan(bundle: Bundle, member: str, precision: str, machine: Machine) -> 
         was built.
     """
     records = {path.parent: read_build(path) for path in sorted((bundle.path / "engines").glob("tensorrt-*/build.json"))}
-    records = {folder: record for folder, record in records.items() if record.get("precision") == precision}
+    records = {folder: record for folder, record in records.items() if _is_meant(record, precision, bundle.level)}
     refused = {folder: mismatch(record, machine) for folder, record in records.items()}
     fitting = [folder for folder, reason in refused.items() if not reason]
     if not fitting:
         raise BackendError(
             f"{bundle.path} has no TensorRT engine of precision {precision} for this machine, which has {machine}"
             + "".join(f"; {folder.name} {reason}" for folder, reason in refused.items())
-            + f"; make one with: segrt-build {bundle.path} --backend tensorrt --device cuda --{precision}"
+            + f"; make one with: {bundle.build_command} --backend tensorrt --device cuda --{precision}"
         )
     folder = max(fitting, key=lambda f: (records[f].get("compatible") is not True, _numbers(str(records[f].get("batch")))))
     file = folder / f"{member}.plan"
     check_compiled(bundle, member, file, records[folder])
     return file, records[folder]
+
+
+def _is_meant(record: Mapping[str, Any], precision: str, level: str | None) -> bool:
+    return record.get("precision") == precision and record.get("level") == level
 
 
 def mismatch(record: Mapping[str, Any], machine: Machine) -> str:

@@ -18,6 +18,7 @@ from ..predictor import Predictor
 from ..volume import Grid, Volume
 from .engine import build_engine, resolve_target
 from .onnx import Head, export_onnx, write_reference
+from .prune import check_levels
 from .tensorrt import TensorRTOptions
 from .verify import can_run_reference, sample_windows
 
@@ -41,6 +42,7 @@ def build_model(
     head: Head = "logits",
     force: bool = False,
     tensorrt: TensorRTOptions | None = None,
+    prune: Sequence[str] = (),
 ) -> tuple[Bundle, list[dict[str, Any]]]:
     """Import (when `source` is no bundle), export to ONNX, compile and verify.
 
@@ -55,11 +57,12 @@ def build_model(
     calibration : folder of images that set INT8's ranges
     dynamic, head : also write onnx/<member>-<head>[-dynamic].onnx for use outside segrt
     force : replace an existing bundle, export again, and keep engines that fall short
+    prune : levels of a UNet++, such as "L1", that get ONNX files and engines of their own
 
     Returns
     -------
     bundle : the finished bundle
-    reports : one verification report per precision
+    reports : one verification report per precision, and then per level and precision
 
     Raises
     ------
@@ -68,11 +71,16 @@ def build_model(
     """
     resolve_target(device, backend, tensorrt)  # an import takes minutes: what cannot be built is refused before it
     bundle = _bundle(Path(source), Path(output) if output else None, configuration, folds, force)
+    levels = [bundle.at_level(name) for name in check_levels(bundle, prune)] if prune else []
     export(bundle, sample=sample, force=force)
     if dynamic or head != "logits":
         export_onnx(bundle, dynamic=dynamic, head=head)
     options: dict[str, Any] = {"sample": sample, "calibration": calibration, "force": force, "tensorrt": tensorrt}
     reports = [build_engine(bundle, backend=backend, device=device, precision=p, **options) for p in precisions or (None,)]
+    for level in levels:
+        if level.whole is not None:
+            export(level, sample=sample, force=force)
+            reports += [build_engine(level, backend=backend, device=device, precision=p, **options) for p in precisions or (None,)]
     _compile_kernels(bundle)
     return bundle, reports
 
@@ -80,7 +88,7 @@ def build_model(
 def export(bundle: Bundle, *, sample: str | Path | None = None, force: bool = False) -> None:
     """Write the ONNX files and the stored reference of a bundle, its first stage and its partner where they are missing or stale."""
     for other in (bundle.previous, bundle.partner):
-        if other is not None:
+        if other is not None and bundle.whole is None:
             export(other, force=force)
     if _is_exported(bundle) and not (force and can_run_reference(bundle)):
         return

@@ -77,7 +77,7 @@ def build_engine(
     chosen: Precision = precision or ("fp16" if device.startswith("cuda") and backend != "openvino" else "fp32")
     options: dict[str, Any] = {"calibration": calibration, "force": force, "tensorrt": tensorrt}
     for other in (bundle.previous, bundle.partner):
-        if other is not None:
+        if other is not None and bundle.whole is None:
             build_engine(other, backend=backend, device=device, precision=chosen, **options)
     request = _Request(bundle, chosen, sample, calibration, force)
     if backend == "openvino":
@@ -151,7 +151,8 @@ def _build_openvino(request: _Request) -> dict[str, Any]:
         return open_blob(folder / f"{member}.blob", precision=precision, dimensions=bundle.spec.dimensions)
 
     def described(records: dict[str, dict[str, Any]], verified: bool) -> dict[str, Any]:
-        return {"key": key, "precision": precision, "cpu": cpu_name(), "verified": verified, "members": records}
+        values = {"key": bundle.keyed(key), "precision": precision, "level": bundle.level, "cpu": cpu_name()}
+        return {**values, "verified": verified, "members": records}
 
     report, records = _compile(request, key, write, opened, described)
     for member, record in records.items():
@@ -177,7 +178,8 @@ def _build_tensorrt(request: _Request, device: str, tensorrt: TensorRTOptions) -
         return open_plan(folder / f"{member}.plan", device=device, precision=precision, compatible=options.compatible)
 
     def described(records: dict[str, dict[str, Any]], verified: bool) -> dict[str, Any]:
-        return make_record(machine, precision, options.batch, records, compatible=options.compatible, verified=verified)
+        record = make_record(machine, precision, options.batch, records, compatible=options.compatible, verified=verified)
+        return {**record, "key": bundle.keyed(key), "level": bundle.level}
 
     return _compile(request, key, write, opened, described)[0]
 
@@ -206,6 +208,7 @@ def _judge(request: _Request, key: str, checks: dict[str, dict[str, Any]]) -> di
     """Keep the report; raise a BuildError when a member falls short and nothing forces it."""
     short = {member: check["reason"] for member, check in checks.items() if not check["passed"]}
     seen_on = Path(request.sample).name if request.sample else "phantom"
+    key = request.bundle.keyed(key)
     report = {"key": key, "segrt": __version__, "sample": seen_on, "forced": bool(short), "members": checks}
     request.bundle.write_report(f"verify-{key}.json", report)
     if short and not request.force:
@@ -228,6 +231,7 @@ from segrt.bundle import Bundle
 from segrt.engines import open_engine
 from segrt.memory import peak_bytes, resident_bytes
 bundle = Bundle.open(sys.argv[1])
+bundle = bundle.at_level(sys.argv[4]) if sys.argv[4:] else bundle
 before = resident_bytes()
 engine = open_engine(bundle, sys.argv[2], backend="openvino", precision=sys.argv[3])
 engine(np.zeros((engine.batch, bundle.spec.in_channels, *bundle.spec.inference.patch), np.float32))
@@ -237,7 +241,15 @@ print(peak_bytes() - before)
 
 def _measure(bundle: Bundle, member: str, precision: str) -> int:
     """Peak memory an engine takes to open and run once, in a process of its own; 0 when that fails."""
-    command: Sequence[str] = (sys.executable, "-c", _MEASURE, str(bundle.path), member, precision)
+    command: Sequence[str] = (
+        sys.executable,
+        "-c",
+        _MEASURE,
+        str(bundle.path),
+        member,
+        precision,
+        *([bundle.level] if bundle.level else []),
+    )
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         logger.warning("memory of member %s could not be measured: %s", member, done.stderr.strip()[-300:])

@@ -17,6 +17,7 @@ import numpy as np
 from .. import __version__
 from ..arrays import Array, FloatArray, require
 from ..bundle import Bundle, sha256, write_atomic
+from ..engines import read_build
 from ..errors import BuildError, InputError
 from ..spec import ModelSpec, OnnxNetwork, VNetSpec
 
@@ -67,7 +68,7 @@ def export_onnx(bundle: Bundle, *, members: Sequence[str] | None = None, dynamic
     for member in members if members is not None else bundle.spec.members:
         network = load_member(bundle, member)
         path = bundle.onnx_path("-".join([member, *([head] if head != "logits" else []), *(["dynamic"] if dynamic else [])]))
-        content = _serialize(network, bundle.spec, member=member, head=head, dynamic=dynamic)
+        content = _serialize(network, bundle.spec, member=bundle.keyed(member), head=head, dynamic=dynamic)
         paths.append(write_atomic(path, content))
         if path == bundle.onnx_path(member):
             _record(bundle, member)
@@ -91,7 +92,7 @@ def load_member(bundle: Bundle, member: str) -> Network:
     from ..networks import build, load_weights
 
     network = build(bundle.spec.network)
-    load_weights(network, weights, where=str(path))
+    load_weights(network, weights, where=str(path), whole=bundle.whole.spec.network if bundle.whole else None)
     return network
 
 
@@ -128,7 +129,7 @@ def write_reference(bundle: Bundle, inputs: FloatArray, *, max_values: int = MAX
         arrays[f"logits_{member}"] = np.stack(kept)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return write_atomic(bundle.path / "onnx" / "reference.npz", buffer.getvalue())
+    return write_atomic(bundle.reference_path, buffer.getvalue())
 
 
 def _run_window(network: Network, window: Any, dimensions: int) -> FloatArray:
@@ -205,15 +206,17 @@ def _clean(model: Any, metadata: dict[str, str]) -> None:
 
 
 def _record(bundle: Bundle, member: str) -> None:
-    """Keep the hash, by which engines notice a file that was changed."""
-    path = bundle.onnx_path(member).with_name("build.json")
-    try:
-        hashes = json.loads(path.read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        hashes = {}
-    hashes[member] = sha256(bundle.onnx_path(member))
-    values = {"sha256": hashes, "opset": OPSET, "segrt": __version__, "torch": require("torch", extra="export").__version__}
-    write_atomic(path, json.dumps(values, indent=1) + "\n")
+    """Keep the hash, by which engines notice a file that was changed; of a level also that of the whole network's file."""
+    path = bundle.onnx_path(member)
+    record = path.with_name("build.json")
+    before = read_build(record)
+    kept = {key: value for key in ("sha256", "level_of", "fp16_of") if isinstance(value := before.get(key), dict)}
+    values = {**kept, "sha256": {**kept.get("sha256", {}), path.stem: sha256(path)}}
+    if bundle.whole is not None:
+        values["level_of"] = {**kept.get("level_of", {}), path.stem: sha256(bundle.whole.onnx_path(member))}
+    values.get("fp16_of", {}).pop(path.stem, None)
+    made_by = {"opset": OPSET, "segrt": __version__, "torch": require("torch", extra="export").__version__}
+    write_atomic(record, json.dumps({**values, **made_by}, indent=1) + "\n")
 
 
 @contextmanager

@@ -76,12 +76,12 @@ def write_typed(bundle: Bundle, member: str) -> Path:
     BuildError
         When the member's ONNX file cannot be had in float16.
     """
-    source, name = bundle.onnx_path(member), f"{member}-fp16"
-    path = write_atomic(bundle.onnx_path(name), typed_onnx(source, "fp16", outputs="fp16"))
+    source = bundle.onnx_path(member)
+    path = write_atomic(bundle.onnx_path(f"{member}-fp16"), typed_onnx(source, "fp16", outputs="fp16"))
     record = source.with_name("build.json")
     values = read_build(record)
-    values["sha256"] = {**values.get("sha256", {}), name: sha256(path)}
-    values["fp16_of"] = {**values.get("fp16_of", {}), member: sha256(source)}
+    values["sha256"] = {**values.get("sha256", {}), path.stem: sha256(path)}
+    values["fp16_of"] = {**values.get("fp16_of", {}), source.stem: sha256(source)}
     write_atomic(record, json.dumps(values, indent=1) + "\n")
     return path
 

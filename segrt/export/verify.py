@@ -118,7 +118,7 @@ def stored_reference(bundle: Bundle, member: str) -> tuple[FloatArray, FloatArra
     BuildError
         When onnx/reference.npz is missing or damaged.
     """
-    path = bundle.path / "onnx" / "reference.npz"
+    path = bundle.reference_path
     try:
         # from memory: NumPy leaves the file open when it is no archive
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
