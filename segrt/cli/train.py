@@ -25,7 +25,7 @@ def train(
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle to write.")] = Path("segrt_model"),
-    model: Annotated[str | None, typer.Option("--model", help="nnunet (default) or vnet.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="nnunet (default), vnet, unetpp, or unet.")] = None,
     from_medicalseg: Annotated[
         Path | None,
         typer.Option("--from-medicalseg", help="Train as this MedicalSeg YAML says; other options beat it. See --plan-only."),
@@ -43,6 +43,13 @@ def train(
     ] = None,
     fold: Annotated[str | None, typer.Option("--fold", "-f", help="Such as 0, or 0,1,2,3,4, or all: every case.")] = None,
     split: Annotated[str | None, typer.Option(help="kfold, shuffled:0.75, sorted:0.8, or a JSON file of folds.")] = None,
+    patients: Annotated[
+        str | None,
+        typer.Option(
+            help="Pattern that finds the patient in a case's name (its first group, or all it matches), such as '(.+)_\\d+': the images of "
+            "one lie on one side of the split. UNet++ and U-Net take what comes before a last number by default; none for no patients."
+        ),
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Train by this plan.json instead of planning.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Write the plan with its reasons, and stop.")] = False,
     find_best: Annotated[
@@ -53,11 +60,14 @@ def train(
     memory_gb: Annotated[float | None, typer.Option(help="GPU memory to plan for.")] = None,
     iters: Annotated[int | None, typer.Option(help="Iterations.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End after this time, where --iters is not reached before.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of 250 iterations, instead of --iters.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Instead of --iters: of 250 iterations; of a UNet++ or U-Net, passes over the training cases.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Patches per step, over all processes; the plan's by default.")] = None,
     patch: Annotated[
-        str | None, typer.Option(help="z,y,x in voxels; the plan's by default. For a V-Net: what images are resized to.")
+        str | None, typer.Option(help="z,y,x in voxels; the plan's by default. Without --sliding what a V-Net's or UNet++'s images become.")
     ] = None,
+    size: Annotated[str | None, typer.Option(help="Of pictures, instead of --patch: 256, or height,width such as 192,256.")] = None,
     width: Annotated[float | None, typer.Option(help="Factor on the network's features.")] = None,
     deep_supervision: Annotated[
         bool | None, typer.Option("--deep-supervision/--no-deep-supervision", help="A loss at every resolution.", show_default=False)
@@ -75,10 +85,12 @@ def train(
     ] = None,
     power: Annotated[float | None, typer.Option(help="Of poly.")] = None,
     end_lr: Annotated[float | None, typer.Option(help="Of poly and cosine.")] = None,
+    lrf: Annotated[float | None, typer.Option(help="Instead of --end-lr: the same as a share of --lr.")] = None,
     decay_iters: Annotated[int | None, typer.Option(help="Of poly and cosine; the whole training by default.")] = None,
     step_iters: Annotated[int | None, typer.Option(help="Of step.")] = None,
+    step_epochs: Annotated[str | None, typer.Option(help="Of step: the epochs after which the rate falls, such as 10,20.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Of step.")] = None,
-    loss: Annotated[str | None, typer.Option(help="dice_ce or mixed.")] = None,
+    loss: Annotated[str | None, typer.Option(help="dice_ce, mixed, bce or hybrid.")] = None,
     coefficients: Annotated[str | None, typer.Option(help="Of cross-entropy and Dice in the loss, such as 1,1.")] = None,
     class_weights: Annotated[
         str | None, typer.Option(help="Of the cross-entropy: a number per class, background first, or none, or batch (loss mixed).")
@@ -104,10 +116,12 @@ def train(
     keep: Annotated[int | None, typer.Option(help="Checkpoints that stay.")] = None,
     weights: Annotated[str | None, typer.Option(help="last or best: what becomes the model.")] = None,
     window: Annotated[
-        str | None, typer.Option(help="V-Net: auto, article, abdomen, percentile, zscore, none, or two numbers such as -160,240.")
+        str | None, typer.Option(help="All but nnunet: auto, article, abdomen, percentile, zscore, none, or two numbers such as -160,240.")
     ] = None,
-    sliding: Annotated[bool, typer.Option("--sliding", help="V-Net: slide a window instead of resizing the image.")] = False,
-    resampling: Annotated[str | None, typer.Option(help="V-Net: linear or cubic.")] = None,
+    sliding: Annotated[bool, typer.Option("--sliding", help="All but nnunet: slide a window instead of resizing the image.")] = False,
+    resampling: Annotated[str | None, typer.Option(help="All but nnunet: linear or cubic.")] = None,
+    mode: Annotated[str | None, typer.Option(help="UNet++: accurate (the mean of its heads) or fast (the last one).")] = None,
+    dropout: Annotated[float | None, typer.Option(help="UNet++ and U-Net: share of features left out in training.")] = None,
     cache_dtype: Annotated[str | None, typer.Option(help="float32 or float16: prepared cases on disk.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Trace iterations 10 to 20 with torch's profiler.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
@@ -130,7 +144,8 @@ def train(
 
     Exit codes: 0 done, 2 not, 130 stopped by a signal and saved.
     """
-    from .training import STOPPED, STOPPED_TEXT, TrainBars, describe_training, ending_on_signals, is_first, join_processes
+    from ..train.config import PICTURES
+    from .training import STOPPED, STOPPED_TEXT, TrainBars, describe_training, ending_on_signals, is_first, join_processes, picture_size
 
     configure_logging(verbose=verbose)
     if iters is not None and epochs is not None:
@@ -142,12 +157,14 @@ def train(
         "configuration": candidates[0] if candidates else None,
         "folds": comma_list(fold),
         "split": split,
+        "patients": patients,
         "planner": planner,
         "memory_gb": memory_gb,
-        "iterations": iters if epochs is None else 250 * epochs,
+        "iterations": iters if epochs is None or model in PICTURES else 250 * epochs,
+        "passes": epochs if model in PICTURES else None,
         "minutes": minutes,
         "batch_size": batch_size,
-        "patch": comma_list(patch),
+        "patch": comma_list(patch) if size is None else picture_size(size, patch),
         "width": width,
         "deep_supervision": deep_supervision,
         "optimizer": optimizer,
@@ -161,8 +178,10 @@ def train(
         "schedule_by_epoch": schedule_by_epoch,
         "power": power,
         "end_lr": end_lr,
+        "lrf": lrf,
         "decay_iterations": decay_iters,
         "step_iterations": step_iters,
+        "step_epochs": comma_list(step_epochs),
         "gamma": gamma,
         "loss": loss,
         "coefficients": comma_list(coefficients),
@@ -186,6 +205,8 @@ def train(
         "window": comma_list(window) if window and "," in window else window,
         "sliding": sliding or None,
         "resampling": resampling,
+        "mode": mode,
+        "dropout": dropout,
         "cache": cache_dtype,
         "profile": (10, 20) if profile else None,
     }

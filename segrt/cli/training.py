@@ -147,6 +147,16 @@ def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def picture_size(size: str, patch: str | None) -> list[str]:
+    """The patch that a size of pictures means: 256 is 1,256,256."""
+    sides = size.split(",")
+    if patch is not None:
+        raise InputError("--size and --patch say the same thing; give one of them")
+    if len(sides) > 2 or not all(side.strip().isdigit() for side in sides):
+        raise InputError(f"--size: expected a number such as 256, or height,width such as 192,256, got {size!r}")
+    return ["1", sides[0].strip(), sides[-1].strip()]
+
+
 def is_first(environment: Mapping[str, str]) -> bool:
     """Whether this is the process that writes; of those torchrun started, or the only one."""
     return int(environment.get("RANK", "0")) == 0

@@ -61,6 +61,7 @@ class Augment:
     ----------
     kind : "nnunet", "article" or its numbers (3-D only), or "none", as a validation's patches are made
     scales : size of every target as shares of the patch's axes, finest first; see `networks.supervision_scales`
+    flips : axes (z, y, x) that "nnunet" mirrors along; by default those that predictions are averaged over
 
     Raises
     ------
@@ -68,12 +69,19 @@ class Augment:
         When the article's transforms are asked for a model of slices.
     """
 
-    def __init__(self, spec: ModelSpec, kind: Augmentation, scales: Sequence[Sequence[float]] = ((1.0, 1.0, 1.0),)) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        kind: Augmentation,
+        scales: Sequence[Sequence[float]] = ((1.0, 1.0, 1.0),),
+        *,
+        flips: Sequence[int] | None = None,
+    ) -> None:
         kind = Transforms() if kind == "article" else kind
         if isinstance(kind, Transforms) and spec.dimensions == 2:
             raise SpecError(f"augmentation: 'article' turns volumes and {spec.name} sees slices; use 'nnunet' or 'none'")
         self._spec, self._kind, self._scales = spec, kind, tuple(tuple(scale) for scale in scales)
-        self._transforms = _nnunet_transforms(spec) if kind == "nnunet" else ()
+        self._transforms = _nnunet_transforms(spec, spec.inference.mirror_axes if flips is None else flips) if kind == "nnunet" else ()
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return data (C, [z,] y, x) float32 with the one-hot labels of the stage before, and one target per scale.
@@ -108,7 +116,7 @@ class Augment:
         return image, labels
 
 
-def _nnunet_transforms(spec: ModelSpec) -> tuple[Any, ...]:
+def _nnunet_transforms(spec: ModelSpec, flips: Sequence[int]) -> tuple[Any, ...]:
     """nnU-Net 2.8.1's training transforms up to the mirroring, in its order and with its numbers."""
     require("batchgeneratorsv2", extra="train")
     from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
@@ -161,7 +169,7 @@ def _nnunet_transforms(spec: ModelSpec) -> tuple[Any, ...]:
         (GammaTransform(BGContrast((0.7, 1.5)), p_invert_image=0, p_retain_stats=1, **each), 0.3),
     )
     flattened = [Convert3DTo2DTransform(), spatial, Convert2DTo3DTransform()] if rotation.in_plane else [spatial]
-    axes = tuple(axis - 1 if slices else axis for axis in spec.inference.mirror_axes)
+    axes = tuple(axis - 1 if slices else axis for axis in flips)
     mirror = [MirrorTransform(axes)] if axes else []
     return (*flattened, *(RandomTransform(transform, apply_probability=p) for transform, p in sometimes), *mirror)
 

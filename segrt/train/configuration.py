@@ -26,6 +26,7 @@ class Configuration(Part):
     batch_dice : the Dice term of the loss sums over the whole batch instead of one image at a time
     median_shape : (z, y, x) in voxels of the median case on the working grid
     deep_supervision : the network has a loss at every resolution
+    flips : axes (z, y, x) that patches are mirrored along in training, where these are not those that predictions are averaged over
     previous : configuration whose labels are inputs of this one, or None
     reasons : choice -> why, one sentence each
     """
@@ -35,6 +36,7 @@ class Configuration(Part):
     batch_dice: bool
     median_shape: tuple[float, float, float]
     deep_supervision: bool
+    flips: tuple[Literal[0, 1, 2], ...] | None = None
     previous: str | None = None
     reasons: Mapping[str, str] = Field(default_factory=dict)
 

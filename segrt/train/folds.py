@@ -81,7 +81,7 @@ class Fold:
     @property
     def digest(self) -> str:
         """SHA-256 of all that the weights depend on beside the config: the plan, the prepared data, the split."""
-        plan = self.configuration.model_dump(mode="json", exclude={"reasons"})
+        plan = self.configuration.model_dump(mode="json", exclude={"reasons"} | ({"flips"} if self.configuration.flips is None else set()))
         values = [plan, self.prepared.digest, self.split.train, self.split.validation]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -236,7 +236,16 @@ def _painted(regions: Array) -> Array:
 
 def reports_of(folds: Mapping[str, Fold]) -> dict[str, bytes]:
     """What the folds' folders hold to be looked at, by its name in the bundle's reports."""
-    wanted = ("config.json", "environment.json", "training.csv", "validation.csv", "curves.png", "samples.png", "profile.json")
+    wanted = (
+        "config.json",
+        "split.json",
+        "environment.json",
+        "training.csv",
+        "validation.csv",
+        "curves.png",
+        "samples.png",
+        "profile.json",
+    )
     files = {f"fold_{name}/{file}": fold.folder / file for name, fold in folds.items() for file in wanted}
     files |= {f"fold_{name}/summary.json": fold.folder / "validation" / "summary.json" for name, fold in folds.items()}
     return {name: path.read_bytes() for name, path in files.items() if path.is_file()}

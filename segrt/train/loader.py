@@ -101,7 +101,7 @@ class Batches:
         scales = supervision_scales(spec.network) if configuration.deep_supervision else ((1.0, 1.0, 1.0),)
         sampling = Sampling(spec.inference.patch, initial_patch(spec, augmentation), oversampling, probabilistic)
         part = share(configuration.batch_size, rank, processes)
-        augment = Augment(spec, augmentation, scales)
+        augment = Augment(spec, augmentation, scales, flips=configuration.flips)
         self._source = _Source(prepared, sampling, augment, part, (seed, _STREAMS[stream]), ignore=spec.ignore is not None)
         self._workers, self._pin = workers, pin
 

@@ -159,7 +159,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             spent = max(spent + cost, seconds)
 
             shown = None
-            if iteration % config.log_interval == 0:
+            if iteration % (config.dice_interval or config.log_interval) == 0:
                 shown = _mean(_dice(_overlap(outputs[0].detach(), targets[0], job.head)))
             if records:
                 values = {"loss": mean, "dice": shown, "lr": lr, "batch_cost": cost, "reader_cost": reading}

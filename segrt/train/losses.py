@@ -15,12 +15,13 @@ from .cross_entropy import IGNORED, ClassWeights, at_least_float32, check_class_
 from .dice import over_processes, soft_dice_loss, soft_sums
 
 Parts = dict[str, Tensor]
+_OWN = {"bce": (1.0, 0.0), "hybrid": (0.5, 1.0)}  # coefficients of cross-entropy and Dice
 
 
 def build_loss(
     spec: ModelSpec,
     *,
-    kind: Literal["dice_ce", "mixed"] = "dice_ce",
+    kind: Literal["dice_ce", "mixed", "bce", "hybrid"] = "dice_ce",
     batch_dice: bool = False,
     deep_supervision: bool = False,
     distributed: bool = False,
@@ -33,11 +34,13 @@ def build_loss(
     Parameters
     ----------
     spec : its head decides between labels and regions, its `ignore` whether voxels may be left out, its network the number of outputs
-    kind : "dice_ce" is nnU-Net's (with binary cross-entropy for regions), "mixed" the article's
+    kind : "dice_ce" is nnU-Net's (with binary cross-entropy for regions), "mixed" the article's; "bce" is binary cross-entropy alone;
+        "hybrid" is UNet++'s, half the cross-entropy minus the soft Dice of each image. (Its article's formula has but the foreground's
+        half of the cross-entropy; the authors' own code has both.)
     batch_dice : Dice of the whole batch instead of each sample's
     deep_supervision : the network returns the logits of all its levels
     distributed : several processes share a batch; see `over_processes`
-    coefficients : of cross-entropy and Dice
+    coefficients : of cross-entropy and Dice; "bce" and "hybrid" have their own
     class_weights : of the cross-entropy; regions have none, and only "mixed" knows those by name, see `MixedLoss`. Each of several
         processes divides by the weights of its own share of the batch
     dice_activation : of "mixed"
@@ -45,14 +48,23 @@ def build_loss(
     Raises
     ------
     SpecError
-        When the model has no foreground, "mixed" or class weights are asked for regions, or there are not as many weights as classes.
+        When the model has no foreground, "mixed" or class weights are asked for regions, "bce" for labels that exclude each other, or
+        there are not as many weights as classes.
+
+    References
+    ----------
+    Zhou, Siddiquee, Tajbakhsh, Liang 2018, UNet++ (the hybrid loss), doi:10.1007/978-3-030-00889-5_1.
     """
     regions, ignore = spec.head.activation == "sigmoid", spec.ignore is not None
+    coefficients = _OWN.get(kind, coefficients)
+    batch_dice = batch_dice and kind != "hybrid"
     shared: dict[str, Any] = {"coefficients": coefficients, "distributed": distributed}
     if not regions and spec.classes < 2:
         raise SpecError(f"head.values: expected background and at least one label, got {spec.head.values}; there is nothing to learn")
     if regions and kind == "mixed":
         raise SpecError("loss: 'mixed' needs labels that exclude each other, this model has regions; use 'dice_ce'")
+    if not regions and kind == "bce":
+        raise SpecError("loss: 'bce' needs one logit per structure, this model's labels exclude each other; use 'dice_ce' or 'hybrid'")
     numbers = check_class_weights(class_weights, spec, kind)
     if kind == "mixed":
         loss: nn.Module = MixedLoss(spec.classes, class_weights=class_weights, activation=dice_activation, **shared)

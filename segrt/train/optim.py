@@ -66,9 +66,9 @@ def learning_rate(config: TrainConfig, iteration: int, total: int, *, spent: flo
     """Return the learning rate of an iteration (from 0) of a training of `total`.
 
     poly: (lr - end) (1 - t / D)^power + end, with D = `decay_iterations` or the whole training, and `end` from there on. cosine: half a
-    wave from lr to `end_lr`, with the same D. step: lr * gamma^(t // step_iterations). Under `schedule_by_epoch` t and D count whole
-    epochs, so the rate is constant within one, as nnU-Net's is. `spent` is the share of a limited training's time that is over: where it is
-    larger than t / D, it takes its place.
+    wave from lr to `end_lr`, with the same D. step: lr * gamma^(t // step_iterations), or gamma to the number of `step_epochs` that are
+    over. Under `schedule_by_epoch` t and D count whole epochs, so the rate is constant within one, as nnU-Net's is. `spent` is the share of
+    a limited training's time that is over: where it is larger than t / D, it takes its place.
     """
     unit = config.epoch if config.schedule_by_epoch else 1
     now = iteration // unit * unit
@@ -77,11 +77,14 @@ def learning_rate(config: TrainConfig, iteration: int, total: int, *, spent: flo
         case "constant":
             return config.lr
         case "poly":
-            return (config.lr - config.end_lr) * math.pow(left, config.power) + config.end_lr
+            return (config.lr - config.final_lr) * math.pow(left, config.power) + config.final_lr
         case "cosine":
-            return (config.lr - config.end_lr) * (1 - math.cos(math.pi * left)) / 2 + config.end_lr
+            return (config.lr - config.final_lr) * (1 - math.cos(math.pi * left)) / 2 + config.final_lr
         case "step":
-            return config.lr * math.pow(config.gamma, now // config.step_iterations)
+            passed = now // config.step_iterations
+            if config.step_epochs:
+                passed = sum(now >= after * config.epoch for after in config.step_epochs)
+            return config.lr * math.pow(config.gamma, passed)
 
 
 def _decay(config: TrainConfig, total: int) -> int:
@@ -126,7 +129,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total:
     A rate that reaches zero before the training ends is logged as a warning: what comes after learns nothing.
     """
     decay = _decay(config, total)
-    if config.schedule in ("poly", "cosine") and decay < total and config.end_lr == 0:
+    if config.schedule in ("poly", "cosine") and decay < total and config.final_lr == 0:
         logger.warning(
             "the learning rate is 0 from iteration %d of %d on, and what comes after learns nothing: let it fall over all %d iterations or "
             "to an end_lr above 0",

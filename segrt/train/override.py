@@ -31,6 +31,8 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
         changes["deep_supervision"] = False
     if config.batch_dice is not None:
         changes["batch_dice"] = config.batch_dice
+    if planned.flips is not None and not config.mirroring:
+        changes["flips"] = ()
     return planned.model_copy(update=changes)
 
 

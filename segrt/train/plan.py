@@ -17,9 +17,10 @@ from .nnunet_spec import Stage, cascade, stage_configuration
 from .patch import Fit, fit_patch
 from .presets import PRESETS, Planner, Preset
 from .target import Target, choose_target
+from .unetpp_plan import plan_unetpp
 from .vnet_plan import plan_vnet
 
-__all__ = ["Configuration", "Plan", "load_plan", "plan_nnunet", "plan_vnet"]
+__all__ = ["Configuration", "Plan", "load_plan", "plan_nnunet", "plan_unetpp", "plan_vnet"]
 
 LOWRES_SHARE = 0.25  # a full-resolution patch below this share of the median image asks for a low-resolution stage
 LOWRES_STEP = 1.03

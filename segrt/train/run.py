@@ -18,7 +18,7 @@ from .pairs import name_candidates, split_pair, validate_candidate
 from .processes import rank, wait_for_all
 from .select import choose_best, choose_postprocess
 from .splits import covering_folds, split_of
-from .start import check_once, choose_device, measure_once, plan_once, prepare_cases
+from .start import check_once, choose_device, measure_once, plan_once, prepare_cases, record_split
 from .work import Trained, Work, in_turn, labels_of
 
 
@@ -127,11 +127,22 @@ def train_configuration(place: Work, plan: Plan, name: str, folds: Sequence[str]
     prepared = in_turn(lambda: prepare_cases(place, configuration, name, previous=earlier))
     own = config.model_copy(update={"configuration": name})
     made = {
-        fold: Fold(fold, split_of(dataset, config, fold), configuration, prepared, own, place.fold(name, fold), place.device, place.show)
-        for fold in folds
+        fold: Fold(
+            fold,
+            split,
+            configuration,
+            prepared,
+            own.with_epoch(len(split.train), configuration.batch_size),
+            place.fold(name, fold),
+            place.device,
+            place.show,
+        )
+        for fold, split in ((fold, split_of(dataset, config, fold)) for fold in folds)
     }
     for fold in made.values():
-        place.show.stage(f"{name}: training fold {fold.name} for {config.length}")
+        if rank() == 0:
+            record_split(place, fold.name, fold.split, fold.folder)
+        place.show.stage(f"{name}: training fold {fold.name} for {fold.config.length}")
         if not train_fold(fold):
             return None
     summaries = tuple(validate_fold(fold, dataset, previous=earlier) for fold in made.values()) if rank() == 0 else ()

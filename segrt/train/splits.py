@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import InputError
 from .cases import Dataset
 from .config import TrainConfig
+from .patients import Patients, find_patients
 
 FOLDS, SEED = 5, 12345
 
@@ -33,11 +34,12 @@ def split_of(dataset: Dataset, config: TrainConfig, fold: str) -> Split:
         See `choose_split`; or when the dataset's own split is one fold and another is asked for.
     """
     own = dataset.split if config.split == "auto" else None
+    patients = find_patients(dataset, config)
     if own is not None and fold == "0":
         return Split(*(tuple(sorted(names)) for names in own))
     if own is not None and fold != "all":
         raise InputError(f"fold {fold}: dataset {dataset.name} brings one split of its own, fold 0; use --split kfold for more")
-    return choose_split([case.name for case in dataset.cases], _how(config), fold)
+    return choose_split([case.name for case in dataset.cases], _how(config), fold, patients)
 
 
 def covering_folds(dataset: Dataset, config: TrainConfig, name: str) -> tuple[str, ...]:
@@ -51,7 +53,7 @@ def covering_folds(dataset: Dataset, config: TrainConfig, name: str) -> tuple[st
     if config.folds == ("all",):
         return ("all",)
     own = config.split == "auto" and dataset.split is not None
-    count = 1 if own else len(make_splits([case.name for case in dataset.cases], _how(config)))
+    count = 1 if own else len(make_splits([case.name for case in dataset.cases], _how(config), find_patients(dataset, config)))
     folds = tuple(str(fold) for fold in range(count))
     held = {case for fold in folds for case in split_of(dataset, config, fold).validation}
     for case in dataset.cases:
@@ -63,7 +65,7 @@ def covering_folds(dataset: Dataset, config: TrainConfig, name: str) -> tuple[st
     return folds
 
 
-def choose_split(names: Sequence[str], how: str, fold: str) -> Split:
+def choose_split(names: Sequence[str], how: str, fold: str, patients: Patients | None = None) -> Split:
     """Give the cases of one fold.
 
     Parameters
@@ -72,6 +74,7 @@ def choose_split(names: Sequence[str], how: str, fold: str) -> Split:
     how : "kfold", "shuffled:SHARE", "sorted:SHARE", or the path of a JSON file; see `TrainConfig.split`
     fold : "0", "1", ... or "all", which trains on every case and validates on them too. A number beyond the folds of `how` gives nnU-Net's
         seeded random 80:20 split
+    patients : case -> patient; all cases of one are then on one side, and folds and shares count patients. A file says what it says
 
     Raises
     ------
@@ -83,23 +86,40 @@ def choose_split(names: Sequence[str], how: str, fold: str) -> Split:
         return Split(ordered, ordered)
     if not fold.isdigit():
         raise InputError(f"fold: expected a number or all, got {fold!r}")
-    splits = make_splits(ordered, how)
+    splits = make_splits(ordered, how, patients)
     if int(fold) < len(splits):
         return splits[int(fold)]
     if how != "kfold":
         raise InputError(f"fold {fold}: split {how!r} has {_folds(len(splits))}")
+    if patients is not None:
+        return _of_cases(_random_split(_units(patients), int(fold)), patients)
     return _random_split(ordered, int(fold))
 
 
-def make_splits(names: Sequence[str], how: str) -> tuple[Split, ...]:
+def make_splits(names: Sequence[str], how: str, patients: Patients | None = None) -> tuple[Split, ...]:
     """All folds of `how`, of cases sorted by name; see `choose_split`."""
     ordered = tuple(sorted(names))
     kind, _, share = how.partition(":")
+    if patients is not None and kind in ("kfold", "shuffled", "sorted"):
+        units = _units(patients)
+        if how == "kfold" and len(units) < FOLDS:
+            raise InputError(f"{len(units)} patients cannot be split into {FOLDS} folds; use --split shuffled:0.75, or --patients none")
+        return tuple(_of_cases(split, patients) for split in make_splits(units, how))
     if how == "kfold":
         return kfold(ordered)
     if kind in ("shuffled", "sorted") and share:
         return (_by_share(ordered, share, shuffled=kind == "shuffled"),)
     return _read(Path(how), ordered)
+
+
+def _units(patients: Patients) -> tuple[str, ...]:
+    return tuple(sorted(set(patients.values())))
+
+
+def _of_cases(split: Split, patients: Patients) -> Split:
+    """A split of patients as one of their cases."""
+    held = set(split.validation)
+    return Split(*(tuple(sorted(name for name, patient in patients.items() if (patient in held) == side)) for side in (False, True)))
 
 
 def kfold(names: Sequence[str], folds: int = FOLDS, seed: int = SEED) -> tuple[Split, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from .check import CheckReport, check_dataset
 from .configuration import Configuration, Plan, load_plan
 from .fingerprint import Fingerprint, load_fingerprint, measure
 from .kept import kept
-from .plan import plan_nnunet, plan_vnet
+from .patients import find_patients, guess_patients, name_some, torn_patients
+from .plan import plan_nnunet, plan_unetpp, plan_vnet
 from .prepare import prepare
+from .splits import Split
 from .v1_plan import plan_nnunet_v1
 from .work import Work
 
@@ -63,6 +66,20 @@ def plan_once(place: Work, fingerprint: Fingerprint, given: str | Path | None) -
             kernels=config.kernels,
             strides=config.strides,
         )
+    elif config.model == "unetpp" or config.model == "unet":
+        plan = plan_unetpp(
+            place.dataset,
+            fingerprint,
+            family=config.model,
+            window=config.window,
+            shape=config.patch,
+            sliding=config.sliding,
+            resampling=config.resampling,
+            width=config.width,
+            deep_supervision=config.deep_supervision,
+            mode=config.mode,
+            dropout=config.dropout,
+        )
     elif config.planner == "v1":
         plan = plan_nnunet_v1(place.dataset, fingerprint)
     else:
@@ -78,6 +95,21 @@ def prepare_cases(place: Work, configuration: Configuration, name: str, *, previ
     folder = (place.shared if previous is None else place.folder) / "prepared" / name
     options: dict[str, Any] = {"dtype": place.config.cache, "previous": previous, "progress": place.show.cases}
     return prepare(place.dataset, configuration, folder, workers=max(1, place.config.workers), **options)
+
+
+def record_split(place: Work, fold: str, split: Split, folder: Path) -> None:
+    """Write a fold's split.json, name the patients held back, and warn of those who are on both sides."""
+    config, dataset = place.config, place.dataset
+    patients = find_patients(dataset, config) or (None if config.patients == "none" else guess_patients(dataset))
+    values: dict[str, Any] = {"train": split.train, "val": split.validation}
+    if patients is not None and fold != "all":
+        train, held = (sorted({patients[name] for name in names}) for names in (split.train, split.validation))
+        values["patients"] = {"train": train, "val": held}
+        place.show.stage(f"fold {fold}: {len(train)} patients to train on, {len(held)} held back: {name_some(held)}")
+        if warning := torn_patients(patients, split.train, split.validation):
+            place.show.stage(f"warning: {warning}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "split.json", json.dumps(values, indent=1) + "\n")
 
 
 def choose_device(name: str) -> torch.device:

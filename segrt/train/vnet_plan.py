@@ -92,7 +92,7 @@ def plan_vnet(
     if resampling == "cubic":
         image = labels = Resampling(order=3, separate=False)
     channels = tuple(
-        Channel(name=name, normalization=_normalization(_named(window, name), values, name))
+        Channel(name=name, normalization=choose_normalization(window, name, values))
         for name, values in zip(dataset.channels, fingerprint.intensities, strict=True)
     )
     spec = ModelSpec(
@@ -142,14 +142,10 @@ def _check(dataset: Dataset, fingerprint: Fingerprint, width: float) -> None:
         raise InputError(f"width: expected 1/16 to 64 times the V-Net's 16 features, got {width:g}")
 
 
-def _named(window: Window | tuple[float, float], channel: str) -> Window | tuple[float, float]:
-    """What "auto" means for a channel."""
-    if window != "auto":
-        return window
-    return "article" if channel.casefold() == "ct" else "zscore"
-
-
-def _normalization(window: Window | tuple[float, float], values: Intensities, channel: str) -> Normalization:
+def choose_normalization(window: Window | tuple[float, float], channel: str, values: Intensities) -> Normalization:
+    """Give the normalisation that `window` means for a channel of these intensities; see `plan_vnet`."""
+    if window == "auto":
+        window = "article" if channel.casefold() == "ct" else "zscore"
     if window == "none":
         return NoNorm()
     if window == "zscore":
@@ -177,7 +173,7 @@ def _reasons(spec: ModelSpec, network: VNetSpec, *, sliding: bool) -> dict[str, 
     orders = f"order {spec.resample_image.order} for images, {spec.resample_labels.order} for labels"
     return {
         "target": grid,
-        "normalization": "; ".join(f"{c.name}: {_told(c.normalization)}" for c in spec.channels) + ".",
+        "normalization": "; ".join(f"{c.name}: {tell_normalization(c.normalization)}" for c in spec.channels) + ".",
         "resampling": f"Spline {orders}; logits go back onto the image's own grid linearly.",
         "network": "The V-Net of the article: kernels of 5 voxels, residual stages, PReLU.",
         "batch_size": f"The article's {BATCH}.",
@@ -189,7 +185,8 @@ def _reasons(spec: ModelSpec, network: VNetSpec, *, sliding: bool) -> dict[str, 
     }
 
 
-def _told(norm: Normalization) -> str:
+def tell_normalization(norm: Normalization) -> str:
+    """Say what is done to a channel's intensities, and why."""
     match norm:
         case WindowNorm():
             return f"{norm.lower:g}..{norm.upper:g} is mapped to 0..{norm.scale:g}"

@@ -58,7 +58,7 @@ def test_json_round_trip(tmp_path: Path, model: str) -> None:
         ({"folds": ()}, "training: folds"),
         ({"profile": (20, 10)}, "profile: expected a first and a later last iteration"),
         ({"coefficients": (0.0, 0.0)}, "coefficients: expected at least one above 0"),
-        ({"coefficients": (1.0, -1.0)}, r"training: coefficients.1: .*greater than or equal to 0, got -1.0"),
+        ({"coefficients": (1.0, -1.0)}, r"training: coefficients: expected two numbers from 0 on"),
         ({"class_weights": (1.0, -1.0)}, "training: class_weights"),
         ({"transforms": {"scale": (1.2, 0.8)}}, "scale: expected two numbers above 0, the smaller first"),
         ({"momentum": 0.0}, "momentum: nesterov needs more than 0"),
@@ -73,8 +73,8 @@ def test_sentences(changes: dict[str, object], sentence: str) -> None:
 
 
 def test_a_model_nobody_has() -> None:
-    with pytest.raises(SpecError, match="training: model: expected 'nnunet' or 'vnet', got 'unet'"):
-        make_config("unet")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="training: model: expected 'nnunet', 'vnet', 'unetpp' or 'unet', got 'segnet'"):
+        make_config("segnet")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"lr": "fast"}'])
@@ -89,3 +89,19 @@ def test_differences_name_what_changes_a_weight() -> None:
     assert TrainConfig.model_fields.keys() >= FREE
     one, other = make_config("nnunet"), make_config("nnunet", lr=0.1, workers=7, device="cpu")
     assert one.differences(other) == {"lr": (0.01, 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("betas", (1.0, 1.0), "betas: expected two numbers from 0 to below 1, got"),
+        ("patch", ("1", "2"), "patch: expected three whole numbers above 0"),
+        ("coefficients", ("1",), "coefficients: expected two numbers from 0 on"),
+        ("class_weights", ("nan", "1"), "class_weights: expected none, batch, or a number from 0 on for each class"),
+        ("window", ("nan", "2"), "window: expected auto, .* or two numbers, got"),
+        ("folds", (), "folds: expected at least one, such as 0, got"),
+    ],
+)
+def test_a_field_of_several_numbers_says_what_it_holds(field: str, value: object, sentence: str) -> None:
+    with pytest.raises(SpecError, match=sentence):
+        make_config("nnunet", **{field: value})
