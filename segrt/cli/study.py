@@ -102,7 +102,7 @@ def study(
         "clip": per_run(clip),
         "seed": per_run(seed),
         "workers": workers,
-        "validation_interval": validation_interval or (50 if iters is None else max(1, iters // 20)),
+        "validation_interval": validation_interval if validation_interval is not None else (50 if iters is None else max(1, iters // 20)),
         "validation_batches": validation_batches,
         "save_interval": save_interval,
         "weights": per_run(weights),

@@ -47,7 +47,10 @@ def run_each(function: Callable[[_In], _Out], items: Sequence[_In], *, workers: 
                 futures = [pool.submit(function, item) for item in items]
             done = _collect((future.result() for future in futures), len(items), progress)
         except BrokenProcessPool as err:
-            raise BackendError(f"one of {workers} workers was killed, probably for want of memory; use fewer workers") from err
+            raise BackendError(
+                f"one of {workers} workers was killed, probably for want of memory; use fewer workers (or, where what stands above is about "
+                "bootstrapping, begin below `if __name__ == '__main__':` in your script)"
+            ) from err
         pool.shutdown()
     return done
 
