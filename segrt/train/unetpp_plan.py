@@ -135,11 +135,12 @@ def binary_head(dataset: Dataset) -> Head:
 
 
 def _check(dataset: Dataset, fingerprint: Fingerprint, width: float) -> None:
-    if len(fingerprint.intensities) != len(dataset.channels):
-        raise InputError(
-            f"the fingerprint is of {len(fingerprint.intensities)} channels, dataset {dataset.name} has {len(dataset.channels)}; "
-            "measure it again"
-        )
+    for what, have, need in (
+        ("cases", len(fingerprint.shapes), len(dataset.cases)),
+        ("channels", len(fingerprint.intensities), len(dataset.channels)),
+    ):
+        if have != need:
+            raise InputError(f"the fingerprint is of {have} {what}, dataset {dataset.name} has {need}; measure it again")
     if not 1 / 32 <= width <= 64:
         raise InputError(f"width: expected 1/32 to 64 times the features {', '.join(map(str, FEATURES))}, got {width:g}")
 
@@ -152,7 +153,7 @@ def _features(width: float) -> tuple[int, int, int, int, int]:
 def _shapes(dataset: Dataset, fingerprint: Fingerprint) -> list[Shape3]:
     """Of whole images, from their headers: the fingerprint's are without black borders."""
     headers = [peek(case.images) for case in dataset.cases]
-    return [header[0].shape if header else shape for header, shape in zip(headers, fingerprint.shapes, strict=False)]
+    return [header[0].shape if header else shape for header, shape in zip(headers, fingerprint.shapes, strict=True)]
 
 
 def _picture_size(shapes: list[Shape3]) -> Shape3:
