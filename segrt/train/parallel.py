@@ -48,8 +48,8 @@ def run_each(function: Callable[[_In], _Out], items: Sequence[_In], *, workers: 
             done = _collect((future.result() for future in futures), len(items), progress)
         except BrokenProcessPool as err:
             raise BackendError(
-                f"one of {workers} workers was killed, probably for want of memory; use fewer workers (or, where what stands above is about "
-                "bootstrapping, begin below `if __name__ == '__main__':` in your script)"
+                f"one of {workers} workers was killed, probably for want of memory; use fewer workers (or, where bootstrapping is "
+                "complained about above, begin below `if __name__ == '__main__':` in your script)"
             ) from err
         pool.shutdown()
     return done
