@@ -143,7 +143,7 @@ def _unetpp_bytes(network: UNetPPSpec, voxels: int, members: int) -> int:
         features, share = network.features[i], voxels / 2 ** (network.dimensions * i)
         weights += 3**network.dimensions * features * (network.width(i, j) + features)
         held, widest = held + features * share, max(widest, network.width(i, j) * share)
-    windows = 1 if network.dimensions == 3 else max(1, min(8, 2**18 // voxels))
+    windows = 1 if network.dimensions == 3 else max(1, min(8, 2**16 // voxels))
     return int(members * 8 * weights + 4 * windows * (held + 3 * widest) + 64 * 2**20)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from .device_plan import DevicePlan, plan_device
 from .engines import Backend, Engine, Precision
 from .engines.compose import Mirrored
 from .errors import BackendError, InputError
+from .frames import check_stream, in_groups, segment
 from .infer import Inferred, infer, share_progress
 from .io import read_volume
 from .io.read import Source, read_previous
@@ -161,6 +162,34 @@ class Predictor:
         windows = sum(part.windows for part in inferred), sum(part.shared for part in inferred)
         return Segmentation(labels, volume.grid, self.spec.names, volume.name, scores, clock.seconds, windows)
 
+    def frames(self, frames: Iterable[Array], *, batch: int | None = None, spacing: tuple[float, float] = (1.0, 1.0)) -> Iterator[Array]:
+        """Segment a stream of pictures as they come, several at a time; each gets the labels that a call would give it.
+
+        Parameters
+        ----------
+        frames : (Y, X), (C, Y, X) or (Y, X, C) arrays of any real dtype and size; not modified
+        batch : frames that are waited for and then run at once; what the engine likes best by default, 1 for the least delay
+        spacing : (y, x) of a pixel in mm
+
+        Yields
+        ------
+        (Y, X) labels of each frame, in their order
+
+        Raises
+        ------
+        InputError
+            When a frame does not fit the model, or the model sees volumes, is a cascade's second stage or a pair.
+        """
+        check_stream(self.spec, pair=self.partner is not None)
+        self._check_open()
+        count = max(engine.batch for engine in self.engines) if batch is None else batch
+        how: dict[str, Any] = {"step": self.step, "accumulate": self.accumulate, "mirror_axes": self.mirror_axes}
+        for group in in_groups(frames, count, self.spec, spacing):
+            self._check_open()
+            with cpu_threads(self.threads), compute_on(self.device, self._stream):
+                labels = segment(group, self.engines, self.spec, self.steps, device=self.device, **how)
+            yield from labels
+
     @property
     def takes_previous(self) -> bool:
         """Whether a call may be given labels of a cascade's first stage."""
@@ -207,10 +236,13 @@ class Predictor:
         held = max(engine.held_bytes or engine.batch * engine_bytes(self.spec, 1) // 2 for engine in self.engines)
         return Load(self.spec, max(engine.batch for engine in self.engines), held, self.step, 2 ** len(self.mirror_axes))
 
-    def _uploaded(self, volume: Volume) -> Volume:
-        """The volume where the engines work, once it is known to fit there."""
+    def _check_open(self) -> None:
         if not self.engines:
             raise BackendError(f"{self.bundle.path}: this Predictor was closed; open another one")
+
+    def _uploaded(self, volume: Volume) -> Volume:
+        """The volume where the engines work, once it is known to fit there."""
+        self._check_open()
         if self._stream is not None:
             self.device_plan(volume.grid, volume.data.itemsize, free_bytes(self.device))
         return replace(volume, data=to_device(volume.data, self.device))

@@ -20,10 +20,11 @@ PACKAGE = ROOT / "segrt"
 
 # Imports point only downwards; parts on one row do not know each other.
 LAYERS = {
-    11: ("cli",),
-    10: ("train", "export", "evaluate", "serving"),
-    9: ("pipeline", "report"),
-    8: ("predictor",),
+    12: ("cli",),
+    11: ("train", "export", "evaluate", "serving"),
+    10: ("pipeline", "report"),
+    9: ("predictor",),
+    8: ("frames",),
     7: ("infer", "opening", "memory", "device_plan"),
     6: ("engines", "assemble", "slabs"),
     5: ("io", "bundle", "preprocess", "windows", "restore", "postprocess", "networks", "metrics", "phantom"),

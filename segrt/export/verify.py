@@ -179,7 +179,7 @@ def _phantom_data(spec: ModelSpec) -> FloatArray:
     for number, channel in enumerate(spec.channels):
         shifted = np.roll(hu, number, axis=-1)  # channels of one case resemble each other and are not equal
         if isinstance(channel.normalization, RGBNorm):
-            shifted = (shifted - float(shifted.min())) * (255 / max(float(np.ptp(shifted)), 1.0))
+            shifted = np.minimum((shifted - float(shifted.min())) * (255 / max(float(np.ptp(shifted)), 1.0)), 255)
         channels.append(shifted)
     still = spec.model_copy(update={"target": ShapeTarget(shape=shape), "transpose": (0, 1, 2), "crop_nonzero": False})
     previous = None
@@ -191,6 +191,7 @@ def _phantom_data(spec: ModelSpec) -> FloatArray:
 def _phantom_spacing(spec: ModelSpec) -> Spacing3:
     """The model's target spacing in mm where it has one and that is a scanner's; pixels without a size count as 2 mm."""
     if not isinstance(spec.target, SpacingTarget):
-        return 400 / spec.target.shape[0], 300 / spec.target.shape[1], 400 / spec.target.shape[2]
+        shape = spec.target.shape
+        return 8.0 if shape[0] == 1 else 400 / shape[0], 300 / shape[1], 400 / shape[2]
     z, y, x = (2.0 if t is None else min(max(t, 0.4), 8.0) for t in spec.target.spacing)
     return z, y, x
