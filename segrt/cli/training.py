@@ -28,6 +28,7 @@ _AGAIN_S = 0.02
 if TYPE_CHECKING:
     from ..train.cases import Dataset
     from ..train.config import TrainConfig
+    from ..train.epoch import EpochMeans
     from ..train.folds import Show
     from ..train.loop import Step
 
@@ -72,6 +73,8 @@ class TrainBars:
         self._advance("iterations", step.iteration, step.iterations, numbers)
         if not self._console.is_terminal and (step.iteration % self._interval == 0 or step.iteration == step.iterations):
             self._console.print(f"iteration {step.iteration}/{step.iterations}, {numbers}", highlight=False, soft_wrap=True)
+        if step.epoch is not None:
+            self._console.print(epoch_text(step.epoch, step.iterations), highlight=False, soft_wrap=True)
 
     def _advance(self, name: str, done: int, total: int, numbers: str) -> None:
         self._progress.start()
@@ -93,6 +96,13 @@ def step_text(step: Step) -> str:
     dice = "" if step.dice is None else f"Dice {step.dice:.4f}, "
     left = timedelta(seconds=round(step.eta_s))
     return f"loss {step.loss:.4f}, {dice}lr {step.lr:.2e}, batch {step.batch_cost:.3f} s, reader {step.reader_cost:.3f} s, ETA {left}"
+
+
+def epoch_text(means: EpochMeans, iterations: int) -> str:
+    """What an epoch of a training of so many iterations came to, on one line."""
+    each = (("Dice", means.dice), ("IoU", means.iou), ("validation Dice", means.validation_dice), ("validation IoU", means.validation_iou))
+    scores = "".join(f"{name} {score:.4f}, " for name, score in each if score is not None)
+    return f"epoch {means.number}/{-(-iterations // means.iterations)}: mean loss {means.loss:.4f}, {scores}lr {means.lr:.2e}"
 
 
 def describe_training(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, sha256, write_atomic
 from ..report.tables import write_tables
+from .cases import Dataset
 from .folds import reports_of
 from .select import Choice
 from .work import Trained, Work
@@ -29,10 +31,28 @@ def write_bundle(place: Work, target: Path, chains: Sequence[Sequence[Trained]],
     reports = {path.name: path.read_bytes() for folder in folders for path in sorted((folder / "reports").iterdir())}
     if partner is not None:
         reports |= {"summary.json": choice.before.to_json().encode(), f"summary_{last.name}.json": last.summary.to_json().encode()}
+    if place.dataset.npy_window is None:
+        reports["validation.json"] = held_back(place.dataset, last).encode()
     parts: dict[str, Any] = {"previous": _write_chain(place, before), "partner": partner}
     bundle = _write(last, target, {"postprocess": choice.steps}, reports, **parts, force=force)
-    place.show.stage(f"{target}: mean Dice {choice.after.mean_dice:.4f} in validation, ready for segrt-build and segrt-predict")
+    scores = f"mean Dice {choice.after.mean_dice:.4f}, mean IoU {choice.after.mean_iou:.4f}"
+    place.show.stage(f"{target}: {scores} in validation, ready for segrt-build and segrt-predict")
     return bundle
+
+
+def held_back(dataset: Dataset, trained: Trained) -> str:
+    """The text of reports/validation.json: the cases each fold was validated on, where they lie, and how their masks are read."""
+    cases = {case.name: case for case in dataset.cases}
+    members = {
+        fold: [
+            {"name": name, "images": [str(file.resolve()) for file in case.images], "labels": str(case.labels.resolve())}
+            for name in (scored.name for scored in summary.cases)
+            if (case := cases.get(name)) is not None and case.labels is not None
+        ]
+        for fold, summary in zip(trained.folds, trained.summaries, strict=True)
+    }
+    threshold = None if dataset.mask is None else dataset.mask.threshold
+    return json.dumps({"mask_threshold": threshold, "members": members}, indent=1) + "\n"
 
 
 def _write_chain(place: Work, chain: Sequence[Trained]) -> Bundle | None:
@@ -66,3 +86,5 @@ def _write(
 def _write_tables(place: Work, trained: Trained, choice: Choice, name: str) -> None:
     write_atomic(place.folder / "reports" / "postprocess.json", choice.to_json())
     write_tables(place.folder / "reports" / "dice", choice.table, caption=f"Dice of {trained.spec.name}, {name}")
+    overlap = {"without post-processing": choice.before.iou, "with post-processing": choice.after.iou}
+    write_tables(place.folder / "reports" / "iou", overlap, caption=f"IoU of {trained.spec.name}, {name}")

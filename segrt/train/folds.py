@@ -17,8 +17,10 @@ from ..arrays import Array, ProgressFn
 from ..bundle import Bundle, write_atomic
 from ..engines import resolve_device
 from ..errors import BackendError
+from ..io import read_labels
 from ..networks import build, build_empty, count_parameters, initialize
 from ..report.curves import write_curves
+from ..report.predictions import spread, write_errors
 from ..report.samples import write_samples
 from ..spec import ModelSpec
 from .augment import Augmentation
@@ -27,6 +29,8 @@ from .cases import Dataset
 from .checkpoint import Weights
 from .config import TrainConfig
 from .configuration import Configuration
+from .dataset import read_training_case
+from .epoch import mean_of
 from .loader import Batches, Stream
 from .loop import Job, ProgressStep, train
 from .losses import build_loss
@@ -162,7 +166,8 @@ def validate_fold(fold: Fold, dataset: Dataset, *, previous: Path | None) -> Sum
     bundle = Bundle.create(fold.folder / "bundle", fold.spec, weights={fold.name: weights.tensors}, force=True)
     names, folder = fold.split.validation, fold.folder / "validation"
     summary = validate(dataset, names, bundle, folder, device=runtime_device(fold.device), previous=previous, progress=fold.show.cases)
-    fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}")
+    _draw_predictions(fold, dataset, summary)
+    fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}, mean IoU {summary.mean_iou:.4f}")
     return summary
 
 
@@ -221,6 +226,20 @@ def _draw_samples(fold: Fold) -> None:
     write_samples(path, samples[:_SHOWN], dict(enumerate(class_names(fold.spec), 1)))
 
 
+def _draw_predictions(fold: Fold, dataset: Dataset, summary: Summary) -> None:
+    """A page of the held-back cases with what was found, wrong and missed, the worst to the best."""
+    named = {case.name: case for case in dataset.cases}
+    scored = [case for case in summary.cases if case.prediction.is_file()]
+    scored.sort(key=lambda case: score if (score := mean_of(list(case.dice.values()))) is not None else 2.0)
+    shown = []
+    for case in (scored[i] for i in spread(len(scored))):
+        volume, truth = read_training_case(named[case.name], dataset)
+        if dataset.ignore is not None:
+            truth = np.where(truth == dataset.ignore, 0, truth)
+        shown.append((case.name, volume.data, truth, read_labels(case.prediction)[0]))
+    write_errors(fold.folder / "predictions.png", shown)
+
+
 def _volume(array: Array) -> Array:
     """A slice as a volume of one."""
     return array[None] if array.ndim == 2 else array
@@ -242,7 +261,9 @@ def reports_of(folds: Mapping[str, Fold]) -> dict[str, bytes]:
         "environment.json",
         "training.csv",
         "validation.csv",
+        "epochs.csv",
         "curves.png",
+        "predictions.png",
         "samples.png",
         "profile.json",
     )

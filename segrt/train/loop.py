@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..spec import Head
 from .checkpoint import Checkpoints
 from .config import TrainConfig
+from .epoch import EpochMeans, EpochSums, dice_of, iou_of, mean_of
 from .optim import build_optimizer, build_schedule, clip_gradients
 from .processes import add_up, agree, parallel, processes, rank, synchronised, wait_for_all
 from .records import Records
@@ -67,7 +68,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration as progress shows it; `dice` is the mean pseudo Dice (None until the first validation), times are in s."""
+    """One iteration as progress shows it; times are in s.
+
+    Attributes
+    ----------
+    dice : mean pseudo Dice, of the batch where every batch's is taken, else of the last validation; None until there is one
+    epoch : what the epoch came to, after its last iteration
+    """
 
     iteration: int
     iterations: int
@@ -77,6 +84,7 @@ class Step:
     batch_cost: float
     reader_cost: float
     eta_s: float
+    epoch: EpochMeans | None = None
 
 
 ProgressStep: TypeAlias = Callable[[Step], None]
@@ -120,7 +128,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         validation = stack.enter_context(opened(job.validation, validated))
         records = stack.enter_context(Records(job.folder, job.classes, iteration=start)) if first else None
         recorder = stack.enter_context(profiler(config, start, job.folder)) if first else None
-        pace = _Pace()
+        pace, sums, overlap = _Pace(), EpochSums(), None
 
         for iteration in range(start + 1, config.iterations + 1):
             began, reading, total = time.perf_counter(), 0.0, 0.0
@@ -158,23 +166,31 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             cost = time.perf_counter() - began
             spent = max(spent + cost, seconds)
 
-            shown = None
-            if iteration % (config.dice_interval or config.log_interval) == 0:
-                shown = _mean(_dice(_overlap(outputs[0].detach(), targets[0], job.head)))
+            counted = iteration % (config.dice_interval or config.log_interval) == 0
+            counts = _overlap(outputs[0].detach(), targets[0], job.head) if counted else None
+            shown = None if counts is None else mean_of(dice_of(counts))
+            sums.add(mean, counts)
             if records:
                 values = {"loss": mean, "dice": shown, "lr": lr, "batch_cost": cost, "reader_cost": reading}
                 records.training(iteration, values)
             if config.validation_batches and (iteration % config.validation_interval == 0 or last):
-                validation_loss, scores = _validate(network, validation, job, device, layout)
-                dice = _mean(scores)
+                validation_loss, overlap = _validate(network, validation, job, device, layout)
+                scores = dice_of(overlap)
+                dice = mean_of(scores)
                 if dice is not None:
                     average = dice if average is None else _MOMENTUM * average + (1 - _MOMENTUM) * dice
                 if records:
-                    records.validation(iteration, {"loss": validation_loss, "dice": dice, "average": average}, scores)
+                    values = {"loss": validation_loss, "dice": dice, "average": average, "IoU": mean_of(iou_of(overlap))}
+                    records.validation(iteration, values, scores)
                 if average is not None and (best is None or average > best):
                     best = average
                     if first:
                         job.checkpoints.save_best(iteration, network, {"average": average})
+            over = None
+            if iteration % config.epoch == 0 or last:
+                over = sums.end(-(-iteration // config.epoch), config.epoch, overlap, lr)
+                if records:
+                    records.epoch(iteration, over)
             if iteration % config.save_interval == 0 or last or stopping:
                 if records:
                     job.checkpoints.save(iteration, parts, {"dice": dice, "average": average, "best": best, "seconds": spent})
@@ -184,7 +200,8 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                 recorder.step()
             if progress and first:
                 left = 0 if last else pace.left(time.perf_counter() - began, config.iterations - iteration, budget - seconds)
-                progress(Step(iteration, iteration + left, mean, dice, lr, cost, reading, left * pace.mean))
+                told = shown if config.dice_interval == 1 else dice
+                progress(Step(iteration, iteration + left, mean, told, lr, cost, reading, left * pace.mean, over))
             if last:
                 break
             if stopping:
@@ -198,8 +215,8 @@ def _levels(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def _validate(
     network: nn.Module, batches: Iterator[Batch], job: Job, device: torch.device, layout: torch.memory_format
-) -> tuple[float, list[float]]:
-    """Mean loss and the pseudo Dice of each foreground class over the next validation batches, all processes together."""
+) -> tuple[float, Tensor]:
+    """Mean loss and the overlap of each foreground class over the next validation batches, all processes together; see `_overlap`."""
     config = job.config
     counts = torch.zeros(3, len(job.classes), dtype=torch.float64, device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -214,7 +231,7 @@ def _validate(
             counts += _overlap(outputs[0], targets[0], job.head)
     network.train()
     add_up(counts, total)
-    return float(total) / config.validation_batches / processes(), _dice(counts)
+    return float(total) / config.validation_batches / processes(), counts
 
 
 def _overlap(logits: Tensor, target: Tensor, head: Head) -> Tensor:
@@ -235,18 +252,6 @@ def _overlap(logits: Tensor, target: Tensor, head: Head) -> Tensor:
         found = (logits.argmax(1, keepdim=True) == classes) & known
     both = (found & truth).sum(axes)
     return torch.stack([both, found.sum(axes) - both, (truth & known).sum(axes) - both]).double()
-
-
-def _dice(counts: Tensor) -> list[float]:
-    """Dice per class; NaN where neither truth nor prediction has a voxel."""
-    both, false, missed = counts
-    scores: list[float] = (2 * both / (2 * both + false + missed)).tolist()
-    return scores
-
-
-def _mean(scores: Sequence[float]) -> float | None:
-    present = [score for score in scores if not math.isnan(score)]
-    return sum(present) / len(present) if present else None
 
 
 def _not_a_number(iteration: int, loss: float, names: Sequence[str], config: TrainConfig) -> str:

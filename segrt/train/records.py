@@ -19,13 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import __version__
 from ..arrays import require
 from ..report.curves import read_rows
+from .epoch import EpochMeans
 
 _TRAINING = ("iteration", "loss", "dice", "lr", "batch_cost", "reader_cost")
+_EPOCH = ("number", "loss", "dice", "iou", "validation_dice", "validation_iou", "lr")
 _PACKAGES = ("torch", "numpy", "numba", "batchgeneratorsv2", "blosc2", "pydantic", "safetensors", "SimpleITK")
 
 
 class Records:
-    """training.csv (a row per iteration), validation.csv (a row per validation) and tensorboard/ in one folder.
+    """training.csv (a row per iteration), validation.csv (per validation), epochs.csv (per epoch) and tensorboard/ in one folder.
 
     Parameters
     ----------
@@ -42,7 +44,8 @@ class Records:
     def __init__(self, folder: Path, classes: Sequence[str], *, iteration: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._training = _Table(folder / "training.csv", _TRAINING, iteration)
-        self._validation = _Table(folder / "validation.csv", ("iteration", "loss", "dice", "average", *classes), iteration)
+        self._validation = _Table(folder / "validation.csv", ("iteration", "loss", "dice", "average", *classes, "IoU"), iteration)
+        self._epochs = _Table(folder / "epochs.csv", ("iteration", *_EPOCH), iteration)
         self._classes = tuple(classes)
         tensorboard = require("torch.utils.tensorboard", extra="train")
         self._board = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
@@ -53,11 +56,17 @@ class Records:
         self._show("train", iteration, values)
 
     def validation(self, iteration: int, values: Mapping[str, float | None], dice: Sequence[float]) -> None:
-        """Add a validation: loss, mean dice and its moving average, and the pseudo Dice per class (NaN where there is none)."""
+        """Add a validation: loss, mean dice, its moving average, mean IoU, and the pseudo Dice per class (NaN where there is none)."""
         classes = {name: None if math.isnan(score) else score for name, score in zip(self._classes, dice, strict=True)}
         self._validation.add(iteration, {**values, **classes})
         self._show("validation", iteration, values)
         self._show("validation/class", iteration, classes)
+
+    def epoch(self, iteration: int, means: EpochMeans) -> None:
+        """Add an epoch that ended with this iteration."""
+        values = {name: getattr(means, name) for name in _EPOCH}
+        self._epochs.add(iteration, values)
+        self._show("epoch", iteration, values)
 
     def _show(self, group: str, iteration: int, values: Mapping[str, float | None]) -> None:
         for name, value in values.items():
@@ -68,6 +77,7 @@ class Records:
         """Bring what was added to the disk."""
         self._training.flush()
         self._validation.flush()
+        self._epochs.flush()
         self._board.flush()
 
     def __enter__(self) -> Records:
@@ -76,6 +86,7 @@ class Records:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._training.close()
         self._validation.close()
+        self._epochs.close()
         self._board.close()
 
 

@@ -76,6 +76,16 @@ class Summary:
         """Mean of `dice` over the structures."""
         return _mean(list(self.dice.values()))
 
+    @property
+    def iou(self) -> dict[str, float]:
+        """Structure -> mean IoU over the cases that have it."""
+        return {name: _mean([case.overlaps[name].iou for case in self.cases]) for name in self.structures}
+
+    @property
+    def mean_iou(self) -> float:
+        """Mean of `iou` over the structures."""
+        return _mean(list(self.iou.values()))
+
     def to_json(self) -> str:
         """The text of summary.json: nnU-Net's keys, null where it writes NaN, and the names of the structures."""
         means = {

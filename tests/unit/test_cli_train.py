@@ -17,7 +17,8 @@ import typer
 from train_jobs import write_dataset
 
 from segrt.cli import train as train_command
-from segrt.cli.training import TrainBars, ending_on_signals, is_first, join_processes, step_text
+from segrt.cli.training import TrainBars, ending_on_signals, epoch_text, is_first, join_processes, step_text
+from segrt.train.epoch import EpochMeans
 from segrt.train.loop import Step
 
 
@@ -246,6 +247,12 @@ def test_verbose_logs(run: Run, data: Path, work: Path, monkeypatch: pytest.Monk
 def test_the_line_of_an_iteration() -> None:
     step = Step(20, 100, 0.5, 0.25, 0.01, 1.5, 0.25, 90.4)
     assert step_text(step) == "loss 0.5000, Dice 0.2500, lr 1.00e-02, batch 1.500 s, reader 0.250 s, ETA 0:01:30"
+
+
+def test_the_line_of_an_epoch() -> None:
+    means = EpochMeans(3, 10, 0.5, 0.8, 0.66667, 0.75, 0.6, 0.01)
+    expected = "epoch 3/12: mean loss 0.5000, Dice 0.8000, IoU 0.6667, validation Dice 0.7500, validation IoU 0.6000, lr 1.00e-02"
+    assert epoch_text(means, 115) == expected
 
 
 def test_in_a_pipe_there_are_lines_and_none_from_the_other_processes(capsys: pytest.CaptureFixture[str]) -> None:

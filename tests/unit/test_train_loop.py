@@ -21,7 +21,8 @@ from train_jobs import CPU, cross_entropy, make_batches, run, tiny_config, tiny_
 
 from segrt.errors import InputError, SpecError
 from segrt.spec import Head
-from segrt.train.loop import Step, _dice, _overlap, train
+from segrt.train.epoch import dice_of
+from segrt.train.loop import Step, _overlap, train
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -48,7 +49,7 @@ def test_it_learns_and_records_every_iteration(tmp_path: Path) -> None:
     assert [float(row["loss"]) for row in rows] == [step.loss for step in steps]
     assert [bool(row["dice"]) for row in rows] == [i % 5 == 0 for i in range(1, 41)]
     checks = _rows(tmp_path / "validation.csv")
-    assert list(checks[0]) == ["iteration", "loss", "dice", "average", "bright", "very bright"]
+    assert list(checks[0]) == ["iteration", "loss", "dice", "average", "bright", "very bright", "IoU"]
     assert [int(row["iteration"]) for row in checks] == [*range(3, 40, 3), 40]
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -263,7 +264,7 @@ def test_the_pseudo_dice_is_hard_and_without_background(activation: str) -> None
     else:
         target = torch.from_numpy(rng.integers(-1, 2, (2, 3, 4, 5, 6)))
         pairs = [(logits[:, k] > 0, target[:, k] == 1, target[:, k] >= 0) for k in range(3)]
-    scores = _dice(_overlap(logits, target, Head(activation=activation, values=(0, 1, 2))))  # type: ignore[arg-type]
+    scores = dice_of(_overlap(logits, target, Head(activation=activation, values=(0, 1, 2))))  # type: ignore[arg-type]
     expected = [2 * int((p & t & u).sum()) / int((p & u).sum() + (t & u).sum()) for p, t, u in pairs]
     assert scores == pytest.approx(expected, abs=1e-12)
 
@@ -271,4 +272,4 @@ def test_the_pseudo_dice_is_hard_and_without_background(activation: str) -> None
 def test_a_class_nobody_has_gives_no_number() -> None:
     target = torch.zeros(1, 2, 2, dtype=torch.int64)
     logits = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    assert all(math.isnan(score) for score in _dice(_overlap(logits, target, Head(activation="softmax", values=(0, 1, 2)))))
+    assert all(math.isnan(score) for score in dice_of(_overlap(logits, target, Head(activation="softmax", values=(0, 1, 2)))))

@@ -17,6 +17,7 @@ from segrt.networks import build_empty
 from segrt.report.curves import read_rows, write_curves
 from segrt.report.samples import write_samples
 from segrt.report.tables import to_csv, to_latex, to_markdown, write_tables
+from segrt.train.epoch import EpochSums
 from segrt.train.records import Records, count_flops, environment
 
 PNG = b"\x89PNG"
@@ -119,3 +120,22 @@ def test_machine_and_network() -> None:
     first = 2 * 27 * 1 * 4 * 8**3
     assert count_flops(build_empty(UNET_3D), (1, 1, 8, 8, 8)) > first
     assert count_flops(build_empty(UNET_3D), (2, 1, 8, 8, 8)) == 2 * count_flops(build_empty(UNET_3D), (1, 1, 8, 8, 8))
+
+
+def test_epochs_are_rows_of_their_own(tmp_path: Path) -> None:
+    counts = torch.tensor([[8.0], [2.0], [4.0]], dtype=torch.float64)
+    sums = EpochSums()
+    sums.add(1.0, counts)
+    sums.add(2.0, None)
+    sums.add(3.0, 2 * counts)
+    means = sums.end(1, 3, counts * 0, 0.5)
+    with Records(tmp_path, ("a",)) as records:
+        records.epoch(3, means)
+    row = read_rows(tmp_path / "epochs.csv")[0]
+    assert (row["iteration"], row["number"], row["loss"], row["lr"]) == ("3", "1.0", "2.0", "0.5")
+    dice, iou = float(row["dice"]), float(row["iou"])
+    assert dice == pytest.approx(16 / 22)
+    assert dice == pytest.approx(2 * iou / (1 + iou)), "SEEDS 3"
+    assert (row["validation_dice"], row["validation_iou"]) == ("", "")
+    sums.add(7.0, None)
+    assert sums.end(2, 3, None, 0.5).loss == 7.0, "begun anew"
