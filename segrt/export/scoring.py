@@ -54,7 +54,7 @@ class Validation:
 
     def truth(self, case: ScoredCase, volume: Volume, spec: ModelSpec) -> Array:
         """Read the truth (Z, Y, X) of a case in the model's label values; an InputError when it does not fit the image or the model."""
-        labels, _ = read_labels(case.labels)
+        labels = self._read(case.labels)
         if labels.shape != volume.grid.shape:
             raise InputError(f"{case.labels}: has shape {labels.shape}, its image {volume.name} has {volume.grid.shape}")
         if self.threshold is not None:
@@ -66,6 +66,15 @@ class Validation:
                 "when it is a grey mask, say above which value it is foreground with --mask-threshold"
             )
         return labels
+
+    def _read(self, path: Path) -> Array:
+        if self.threshold is None:
+            return read_labels(path)[0]
+        volume = read_volume(path)
+        grey: Array = volume.data[0]
+        if (volume.data != grey).any():
+            raise InputError(f"{path}: has colours, expected a grey mask")
+        return grey
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from train_jobs import write_dataset
 
 from segrt.bundle import Bundle
 from segrt.errors import InputError, SpecError
+from segrt.export.scoring import remembered
 from segrt.io import read_labels
 from segrt.predictor import Predictor
 from segrt.spec import SpacingTarget
@@ -72,6 +73,12 @@ def test_all_folds_become_members_and_validation_covers_every_case(tmp_path: Pat
     assert bundle.spec.members == ("0", "1", "2", "3", "4")
     values = json.loads((bundle.path / "reports" / "summary.json").read_text())
     assert [case["name"] for case in values["metric_per_case"]] == [f"ball_{i:03d}" for i in range(5)]
+    held_back = remembered(bundle)
+    assert held_back is not None
+    for fold in bundle.spec.members:
+        of_fold = json.loads((bundle.path / "reports" / f"fold_{fold}" / "summary.json").read_text())
+        names = [case["name"] for case in of_fold["metric_per_case"]]
+        assert [case.name for case in held_back.cases if case.member == fold] == names
 
 
 def test_training_on_everything(tmp_path: Path, data: Path) -> None:
