@@ -210,7 +210,9 @@ def test_the_key_and_the_machine_are_named() -> None:
     assert cpu_name()
 
 
-@pytest.mark.parametrize(("patch", "batch"), [((64, 64, 64), 1), ((1, 64, 64), 8), ((1, 128, 128), 4), ((1, 256, 256), 1), ((1, 2048, 2048), 1)])
+@pytest.mark.parametrize(
+    ("patch", "batch"), [((64, 64, 64), 1), ((1, 64, 64), 8), ((1, 128, 128), 4), ((1, 256, 256), 1), ((1, 2048, 2048), 1)]
+)
 def test_2d_models_run_in_batches(tmp_path: Path, patch: Any, batch: int) -> None:
     assert batch_size(Bundle(tmp_path, make_spec(patch=patch))) == batch
 
