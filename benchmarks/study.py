@@ -1,6 +1,6 @@
-"""The optimizer study on the hippocampus: SGD-Nesterov, Adam, AdamW x nnU-Net, V-Net, 5 minutes each on 2 cores; one segrt-study.
+"""The optimizer study on the hippocampus: SGD-Nesterov, Adam, AdamW x nnU-Net, V-Net, 5 minutes each; one segrt-study.
 
-    python benchmarks/study.py [--data FOLDER] [--out FOLDER] [--seconds 300] [--jobs N] [--report FOLDER] [--commit NAME] [--toy] ...
+    python benchmarks/study.py [--data FOLDER] [--out FOLDER] [--seconds 300] [--jobs N] [--cores 2] [--report FOLDER] [--commit NAME] [--toy] ...
     python benchmarks/study.py --publish FOLDER
 
 What is none of these goes to segrt-study, such as --lr sgd=0.05. The first 168 cases by name train, the last 42 validate. OUT keeps what
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "study")
     parser.add_argument("--seconds", type=float, default=300.0, help="training time of each run")
     parser.add_argument("--jobs", type=int, help="runs at once; by default as many as the cores allow")
+    parser.add_argument("--cores", type=int, default=CORES, help="of each run")
     parser.add_argument("--report", type=Path, help="folder for the summary, tables and picture")
     parser.add_argument("--commit", help="of the code, where no git tells")
     parser.add_argument("--publish", type=Path, help="take a report into the repository, and nothing else")
@@ -70,9 +71,10 @@ def main() -> None:
             summarise(Path(folder) / "study", seconds=1.0, wall=0.0, command="toy")
         return
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = options.jobs or max(1, usable // CORES)
+    jobs = options.jobs or max(1, usable // options.cores)
     began = time.perf_counter()
-    command = run(options.data, options.out, [*shlex.split(SETTINGS), *more], seconds=options.seconds, jobs=jobs, cores=min(CORES, usable))
+    how: dict[str, Any] = {"seconds": options.seconds, "jobs": jobs, "cores": min(options.cores, usable)}
+    command = run(options.data, options.out, [*shlex.split(SETTINGS), *more], **how)
     values = summarise(options.out, seconds=options.seconds, wall=time.perf_counter() - began, command=command)
     if options.commit:
         values["commit"] = options.commit
