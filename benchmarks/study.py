@@ -1,6 +1,6 @@
 """The optimizer study on the hippocampus: SGD-Nesterov, Adam, AdamW x nnU-Net, V-Net, 5 minutes each; one segrt-study.
 
-    python benchmarks/study.py [--data FOLDER] [--out FOLDER] [--seconds 300] [--jobs N] [--cores 2] [--report FOLDER] [--commit NAME] [--toy] ...
+    python benchmarks/study.py [--data FOLDER] [--out FOLDER] [--seconds 300] [--jobs N] [--cores 2] [--report FOLDER] ...
     python benchmarks/study.py --publish FOLDER
 
 What is none of these goes to segrt-study, such as --lr sgd=0.05. The first 168 cases by name train, the last 42 validate. OUT keeps what
