@@ -35,6 +35,10 @@ def predict(
     across: Annotated[str, typer.Option(help="What several GPUs share: cases, or the windows of each case.")] = "cases",
     save_probabilities: Annotated[bool, typer.Option("--save-probabilities", help="Also write <case>.npz.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    overview: Annotated[
+        bool | None,
+        typer.Option("--overview/--no-overview", help="Write overview.png, a page of cases under their labels; of pictures by default."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 means all.")] = 0,
     format: Annotated[str | None, typer.Option(help="Suffix of the label files, such as .nii.gz; the input's own by default.")] = None,  # noqa: A002
     benchmark: Annotated[bool, typer.Option("--benchmark", help="Time the first case: stages, windows/s, memory, as JSON.")] = False,
@@ -49,7 +53,7 @@ def predict(
     from ..memory import resident_bytes
     from ..pipeline import predict_many
     from ..predictor import Predictor
-    from .show import Bars, print_estimate, print_summary
+    from .show import Bars, print_estimate, print_summary, show_overview
 
     configure_logging(verbose=verbose)
     check_choices(backend=backend, accumulate=accumulate, across=across, **({"precision": precision} if precision else {}))
@@ -91,6 +95,7 @@ def predict(
                 done=bars.case,
             )
     print_summary(results, output)
+    show_overview(cases, results, output, bundle.spec, wanted=overview)
     if any(result.status == "failed" for result in results):
         raise typer.Exit(PARTLY_FAILED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +16,14 @@ from rich.table import Table
 
 from ..bundle import Bundle
 from ..device import free_bytes
-from ..errors import BackendError
+from ..errors import BackendError, InputError
 from ..io import Case
+from ..io.cases import PICTURE_SUFFIXES, image_suffix
 from ..io.peek import peek
 from ..memory import available_bytes, engine_bytes, estimate, resident_bytes
 from ..pipeline import CaseResult
 from ..predictor import Predictor
+from ..spec import ModelSpec
 from .common import gigabytes
 
 _FIRST_WINDOW = 160 * 2**20
@@ -129,6 +132,24 @@ def print_summary(results: Sequence[CaseResult], output: Path) -> None:
         console.print(voxels, highlight=False)
     counts = {status: sum(r.status == status for r in results) for status in ("done", "skipped", "failed")}
     print(", ".join(f"{count} {status}" for status, count in counts.items() if count) + f"; details in {output / 'predictions.json'}")
+
+
+def show_overview(cases: Sequence[Case], results: Sequence[CaseResult], output: Path, spec: ModelSpec, *, wanted: bool | None) -> None:
+    """Write overview.png beside the labels when it is wanted; None: for pictures, where matplotlib is installed."""
+    from ..report.predictions import OVERVIEW, overview_of_files
+
+    pairs = list(zip(cases, results, strict=True))
+    if any(result.output == OVERVIEW for result in results):
+        if wanted:
+            raise InputError(f"{output / OVERVIEW} is the label file of a case, so there is no overview; leave --overview out")
+        return
+    if wanted is None:
+        wanted = find_spec("matplotlib") is not None and all(image_suffix(case.files[0]) in PICTURE_SUFFIXES for case in cases)
+    done = [(case.name, case.files, output / result.output) for case, result in pairs if result.status != "failed"]
+    if wanted and done:
+        values = spec.head.values if spec.head.activation == "sigmoid" else [label.values[0] for label in spec.labels]
+        overview_of_files(output / OVERVIEW, done, {value: label.name for value, label in zip(values, spec.labels, strict=True)})
+        print(f"overview: {output / OVERVIEW}")
 
 
 def _console() -> Console:

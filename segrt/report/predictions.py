@@ -10,11 +10,13 @@ import numpy as np
 
 from ..arrays import Array, require
 from ..errors import InputError
+from ..io import read_labels, read_volume
 from ..metrics import Overlap
 from .overlay import COLOURS, busiest_slice, colour_labels, draw_legend
 
 TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE = "#3cb44b", "#e6194b", "#4363d8"
 MOST = 16  # cases a page shows
+OVERVIEW = "overview.png"
 _MEANING = {"found (TP)": TRUE_POSITIVE, "wrong (FP)": FALSE_POSITIVE, "missed (FN)": FALSE_NEGATIVE}
 _OPACITY = 130
 _COLUMNS = 4
@@ -75,6 +77,18 @@ def write_overview(path: str | Path, cases: Sequence[tuple[str, Array, Array]], 
     figure = _sheet(pages)
     draw_legend(figure, dict(list(names.items())[: len(COLOURS)]))
     _save(figure, path)
+
+
+def overview_of_files(path: str | Path, cases: Sequence[tuple[str, Sequence[Path], Path]], names: Mapping[int, str]) -> None:
+    """Write the picture of `write_overview` from files: (name, image files, label file) of each case; of many, some spread evenly.
+
+    Raises
+    ------
+    InputError, BackendError
+        See `write_overview`; or when a file cannot be read.
+    """
+    shown = [cases[i] for i in spread(len(cases))]
+    write_overview(path, [(name, read_volume(list(files)).data, read_labels(labels)[0]) for name, files, labels in shown], names)
 
 
 def overlap_of(truth: Array, found: Array) -> Overlap:

@@ -1,0 +1,213 @@
+"""UNet++ and the plain U-Net on brain tumour slices of patients neither has seen: Dice, and what pruning to a level costs and gains.
+
+    python benchmarks/lgg.py train --cpus 0,1 --data ../shared/data --out runs/lgg          # both, 19 minutes each
+    python benchmarks/lgg.py train --only unetpp --minutes 10 --out runs/lgg -- --width 0.5  # after --: segrt-train's own flags
+    python benchmarks/lgg.py prune --cpus 0,1 --out runs/lgg                                # segrt-build --prune of the UNet++
+    python benchmarks/lgg.py table
+
+`train` writes results/lgg_unetpp.json and results/lgg_unet.json, `prune` adds its rows to the former. Data: 290 slices of 29 patients.
+The first of five folds of patients is held back and chooses no weights: the last iteration's are taken. Dice is the mean over the slices
+with tumour, without post-processing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _timer import RESULTS, commit, environment, write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = (
+    "--mask-threshold 0 --patients (TCGA_[^_]+_[^_]+)_ --fold 0 --weights last --validation-batches 4 --validation-interval 200 "
+    "--save-interval 200 --log-interval 20 --width 0.5 --size 128 --batch-size 8 --optimizer adamw --weight-decay 1e-2 --lr 1e-3 "
+    "--schedule cosine --lrf 0.01"
+)
+MODELS = ("unetpp", "unet")
+NAMES = {"unetpp": "UNet++", "unet": "U-Net"}
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--toy"]:
+        run_toy()
+        return
+    own, flags = _divide(sys.argv[1:])
+    options = _parser().parse_args(own)
+    match options.command:
+        case "train":
+            for model in options.only or MODELS:
+                train(model, options, flags)
+            print_table()
+        case "prune":
+            prune(options)
+        case "table":
+            print_table()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    common.add_argument("--out", type=Path, default=ROOT / "build" / "lgg")
+    common.add_argument("--cpus", default="", help="Core numbers, such as 0,1; all by default.")
+    common.add_argument("--commit", default=commit(), help="That the code is of, where there is no git to ask.")
+    training = commands.add_parser("train", parents=[common], help="Train and score the networks, one after the other.")
+    training.add_argument("--minutes", type=float, default=38, help="Of training, of all networks together.")
+    training.add_argument("--only", choices=MODELS, action="append", help="One network, which then has its usual share of the minutes.")
+    commands.add_parser("prune", parents=[common], help="Build, time and score the levels of the trained UNet++.")
+    commands.add_parser("table", help="What the results say.")
+    return parser
+
+
+def run_toy() -> None:
+    """All of it for a moment, on made-up slices."""
+    with tempfile.TemporaryDirectory() as scratch:
+        make_slices(Path(scratch) / "c_lgg2d")
+        places = ["--data", scratch, "--out", scratch]
+        small = ["--width", "0.0625", "--size", "32", "--batch-size", "2", "--workers", "0", "--validation-batches", "1"]
+        for model in MODELS:
+            train(model, _parser().parse_args(["train", *places, "--minutes", "0.05"]), small, toy=True)
+        prune(_parser().parse_args(["prune", *places]), toy=True)
+
+
+def make_slices(folder: Path, patients: int = 5) -> None:
+    """Pictures with a bright disk and its mask, two for each patient, named as the real ones."""
+    import numpy as np
+
+    from segrt.io import write_image
+    from segrt.volume import Grid
+
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :40]
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number in range(2 * patients):
+        disk = (y - rng.integers(12, 28)) ** 2 + (x - rng.integers(12, 28)) ** 2 < 64
+        grid = Grid((1, 40, 40), (999.0, 1.0, 1.0), dimensions=2)
+        name = f"TCGA_XX_{number // 2:04d}_20000101_{number % 2}.png"
+        write_image(folder / "images" / name, (disk * 120 + rng.integers(0, 80, disk.shape)).astype(np.uint8)[None], grid)
+        write_image(folder / "masks" / name, (disk * 255).astype(np.uint8)[None], grid)
+
+
+def _divide(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and those after -- for segrt-train."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+# ------------------------------------------------------------------ training
+def train(model: str, options: argparse.Namespace, flags: list[str], *, toy: bool = False) -> None:
+    """Train one network by segrt-train and write its result."""
+    cores, folder = _pin(options.cpus), options.data / "c_lgg2d"
+    arguments = [
+        *(str(folder / "images"), "--masks", str(folder / "masks"), "--model", model, "-o", str(options.out / model)),
+        *("--minutes", f"{options.minutes / len(MODELS):g}", "--device", "cpu", "--workers", str(max(1, cores // 2)), "--force"),
+        *FLAGS.split(),
+        *flags,
+    ]
+    began = time.perf_counter()
+    _command("train", arguments, cores)
+    result = describe(options.out / model) | {
+        "command": " ".join(["segrt-train", "c_lgg2d/images", "--masks", "c_lgg2d/masks", *arguments[3:]]),
+        "seconds": {"whole command": round(time.perf_counter() - began)} | _pace(options.out / model),
+        "minutes": options.minutes / len(MODELS),
+        "cores": cores,
+        **environment(),
+        "commit": options.commit,
+    }
+    (options.out / f"{model}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"{NAMES[model]}: mean Dice {result['mean_dice']:.4f}, IoU {result['mean_iou']:.4f} over {result['slices']['with tumour']} slices"
+    )
+    write_results(f"lgg_{model}", result, toy=toy)
+
+
+def describe(bundle: Path) -> dict[str, Any]:
+    """What a bundle reports of the slices held back."""
+    reports = bundle / "reports"
+    summary, split, machine = (_json(reports / name) for name in ("summary.json", "fold_0/split.json", "fold_0/environment.json"))
+    scores = {case["name"]: next(iter(case["metrics"].values())) for case in summary["metric_per_case"]}
+    tumour = {name: score for name, score in scores.items() if score["n_ref"]}
+    false = [name for name, score in scores.items() if not score["n_ref"] and score["n_pred"]]
+    patients = {patient: [s["Dice"] for name, s in tumour.items() if name.startswith(patient)] for patient in split["patients"]["val"]}
+    rows = _rows(reports / "fold_0" / "training.csv")
+    return {
+        "mean_dice": statistics.mean(score["Dice"] for score in tumour.values()),
+        "mean_iou": statistics.mean(score["IoU"] for score in tumour.values()),
+        "slices": {"held back": len(scores), "with tumour": len(tumour), "without, in which some was found": len(false)},
+        "dice_per_patient": {patient: statistics.mean(dice) for patient, dice in patients.items() if dice},
+        "patients": split["patients"],
+        "parameters": machine["parameters"],
+        "flops_per_patch": machine["flops_per_patch"],
+        "iterations": int(rows[-1]["iteration"]),
+        "config": _json(reports / "fold_0" / "config.json"),
+    }
+
+
+def _pace(bundle: Path) -> dict[str, float]:
+    rows = _rows(bundle / "reports" / "fold_0" / "training.csv")
+    return {"iteration, median": round(statistics.median(float(row["batch_cost"]) for row in rows), 4)}
+
+
+# ------------------------------------------------------------------ pruning
+def prune(options: argparse.Namespace, *, toy: bool = False) -> None:
+    """Build every level of the trained UNet++, and add what it costs and is worth to its result."""
+    bundle, cores = options.out / "unetpp", _pin(options.cpus)
+    _command("build", [str(bundle), "--prune", "L1,L2,L3,L4", "--force"], cores)
+    levels = _json(bundle / "reports" / "prune.json")
+    result = _json(options.out / "unetpp.json") | {name: levels.pop(name) for name in ("L1", "L2", "L3", "L4")}
+    result["pruning"] = {**levels, "cores": cores, **environment()}
+    (options.out / "unetpp.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results("lgg_unetpp", {key: value for key, value in result.items() if key != "benchmark"}, toy=toy)
+
+
+# ------------------------------------------------------------------ what all of it shares
+def print_table() -> None:
+    """The networks that have a result, side by side."""
+    print("| network | parameters | GFLOP | iterations | Dice of slices with tumour | IoU |\n|---|---|---|---|---|---|")
+    for model in MODELS:
+        if (path := RESULTS / f"lgg_{model}.json").is_file():
+            r = _json(path)
+            numbers = f"{r['parameters']:,} | {r['flops_per_patch'] / 1e9:.1f} | {r['iterations']}"
+            print(f"| {NAMES[model]} | {numbers} | {r['mean_dice']:.4f} | {r['mean_iou']:.4f} |")
+
+
+def _pin(cpus: str) -> int:
+    """Keep this process, and all it starts, on these cores; how many they are comes out."""
+    pairs = [part.partition("-") for part in cpus.split(",") if part]
+    cores = [core for first, _, last in pairs for core in range(int(first), int(last or first) + 1)] or sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores)
+    return len(cores)
+
+
+def _command(name: str, arguments: list[str], cores: int) -> None:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = {name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    code = f"from segrt.cli.{name} import main; main()"
+    environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=True)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
