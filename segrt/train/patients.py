@@ -12,7 +12,7 @@ from .config import PICTURES, TrainConfig
 
 Patients = Mapping[str, str]
 
-_NUMBERED = re.compile(r"(.+?)[-_. ]*\d+")
+_NUMBERED = re.compile(r"(.+?)[-_. ]+\d+")
 _FEWEST = 5  # patients: as many as there are folds
 _SHOWN = 10  # patients a sentence names
 
@@ -20,8 +20,8 @@ _SHOWN = 10  # patients a sentence names
 def find_patients(dataset: Dataset, config: TrainConfig) -> Patients | None:
     """Give case -> patient, or None where cases are split one by one.
 
-    "auto" takes what comes before a last number in the name (`TCGA_CS_4943_20000902_10`: `TCGA_CS_4943_20000902`), for pictures that a
-    UNet++ or U-Net is trained on, and only where that makes at least five patients, some of which have several pictures.
+    "auto" takes what comes before a last number that stands apart in the name (`TCGA_CS_4943_20000902_10`: `TCGA_CS_4943_20000902`), for
+    pictures that a UNet++ or U-Net is trained on, and only where that makes at least five patients, some of which have several pictures.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def find_patients(dataset: Dataset, config: TrainConfig) -> Patients | None:
 
 
 def guess_patients(dataset: Dataset) -> Patients | None:
-    """Case -> what comes before a last number in its name, where cases are pictures and that makes sense; else None."""
+    """Case -> what comes before a last number that stands apart in its name, where cases are pictures and that makes sense; else None."""
     if any(image_suffix(case.images[0]) not in PICTURE_SUFFIXES for case in dataset.cases):
         return None
     found = {case.name: match[1] if (match := _NUMBERED.fullmatch(case.name)) else case.name for case in dataset.cases}

@@ -33,6 +33,8 @@ def test_the_default_is_what_comes_before_a_last_number() -> None:
     "names",
     [
         [f"image_{k:03d}" for k in range(50)],  # one group: a number of the picture
+        [f"{k}" for k in range(1, 200)],  # a number is no patient and picture in one
+        [f"{kind}{k}" for kind in ("a", "b", "c", "d", "e", "f") for k in range(9)],
         [f"{c}_1" for c in "abcdefgh"],  # a picture of each
         [f"{c}_{k}" for c in "ab" for k in range(20)],  # too few for five folds: more likely two kinds than two patients
         ["anna", "berta", "carl", "dora", "emil", "fritz"],
