@@ -41,7 +41,7 @@ def plan_runs(models: Sequence[Model], optimizers: Sequence[str], **changes: obj
     SpecError
         When a value is wrong.
     InputError
-        When a mapping names no run, or a model or optimizer comes twice.
+        When a mapping names no run, a model or optimizer comes twice, or a configuration is a pair.
     """
     for what, names in (("model", list(models)), ("optimizer", list(optimizers))):
         if not names or len(set(names)) < len(names):
@@ -62,6 +62,8 @@ def with_same_split(run: StudyRun) -> StudyRun:
 def _config(model: Model, optimizer: str, changes: Mapping[str, object]) -> TrainConfig:
     own = {field: _choose(value, model, optimizer) for field, value in changes.items()}
     own = {field: value for field, value in own.items() if value is not None}
+    if "+" in str(own.get("configuration", "")):
+        raise InputError(f"configuration: a study compares single models, not pairs, got {own['configuration']!r}; give one of its parts")
     recipe: dict[str, object] = {"iterations": _ENDLESS} if "minutes" in own else {}
     return make_config(model, **{**recipe, **RECIPES.get(model, {}).get(optimizer, {}), **own, "optimizer": optimizer})
 

@@ -304,3 +304,8 @@ def test_a_study_has_a_budget(data: Path, monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         study_command.main()
     assert "a study needs one budget for all runs: --minutes or --iters" in capsys.readouterr().err
+
+
+def test_pairs_are_not_for_a_study() -> None:
+    with pytest.raises(InputError, match="configuration: a study compares single models, not pairs, got '2d"):
+        plan_runs(["nnunet"], ["sgd"], configuration={"nnunet": "2d+3d_fullres"}, iterations=1)
