@@ -15,6 +15,7 @@ import numpy as np
 from ..arrays import FloatArray, require
 from ..bundle import Bundle, sha256
 from ..errors import BackendError
+from ..spec import ShapeTarget
 from . import read_build
 from .compiled import check_compiled, check_window
 from .openvino_norm import stabilize
@@ -123,13 +124,15 @@ def compile_member(core: Any, bundle: Bundle, member: str, precision: str, threa
 
 
 def batch_size(bundle: Bundle) -> int:
-    """Windows per call: one in 3-D; in 2-D enough small slices to keep the cores busy, which one of 256 x 256 does.
+    """Windows per call: one in 3-D, or where an image is one; else enough small slices to keep the cores busy, as one of 256 x 256 does.
 
     A call with fewer takes as long as a full one: a single picture in a batch of four took four times as long, and four of them no less
     than one after the other.
     """
-    voxels = int(np.prod(bundle.spec.inference.patch))
-    return 1 if bundle.spec.dimensions == 3 else max(1, min(8, 2**16 // voxels))
+    spec = bundle.spec
+    single = isinstance(spec.target, ShapeTarget) and spec.target.shape == spec.inference.patch
+    voxels = int(np.prod(spec.inference.patch))
+    return 1 if spec.dimensions == 3 or single else max(1, min(8, 2**16 // voxels))
 
 
 def engine_key(precision: str) -> str:

@@ -24,6 +24,7 @@ from segrt.engines.function import FunctionEngine
 from segrt.engines.openvino import batch_size, cpu_name, engine_key
 from segrt.errors import BackendError
 from segrt.export.engine import build_engine
+from segrt.spec import ShapeTarget
 
 BACKENDS = ("openvino", "onnxruntime", "pytorch")
 
@@ -215,6 +216,8 @@ def test_the_key_and_the_machine_are_named() -> None:
 )
 def test_2d_models_run_in_batches(tmp_path: Path, patch: Any, batch: int) -> None:
     assert batch_size(Bundle(tmp_path, make_spec(patch=patch))) == batch
+    # one window is all of such an image: a batch would be filled with nothing
+    assert batch_size(Bundle(tmp_path, make_spec(patch=patch, target=ShapeTarget(shape=patch)))) == 1
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '"x"'])
