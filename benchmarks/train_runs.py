@@ -55,7 +55,10 @@ RECIPES = {
     "hippocampus_vnet": Recipe("hippocampus_vnet", "b_hippocampus", f"{_VNET} --augmentation nnunet", 29),
     "sts_pet_nnunet": Recipe("sts_pet_nnunet", "b_sts_pet", f"{_UNET} {_PET} --width 0.5", 20),
     "openkbp_nnunet": Recipe(
-        "openkbp_nnunet", "a_openkbp_hn7", f"{_UNET} --channels CT --width 0.25 --patch 64,96,64 --no-mirroring --oversampling 0.5", 29
+        "openkbp_nnunet",
+        "a_openkbp_hn7",
+        f"{_UNET} --channels CT --width 0.25 --patch 64,96,64 --no-mirroring --oversampling 0.66 --batch-dice",
+        29,
     ),
     "hippocampus_nnunet-slow": Recipe("hippocampus_nnunet", "b_hippocampus", f"{_UNET} --width 0.5 --no-mirroring --lr 1e-3", 29),
     "hippocampus_nnunet-narrow": Recipe("hippocampus_nnunet", "b_hippocampus", f"{_UNET} --width 0.25", 29),
