@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +23,7 @@ from ..networks import supervision_scales
 from .augment import Augment, Augmentation, initial_patch
 from .cache import Prepared
 from .configuration import Configuration
+from .parallel import signals_later
 from .sampler import Sampling, draw, wants_foreground
 
 Stream = Literal["training", "validation"]
@@ -129,7 +134,8 @@ class BatchStream(Iterator[Batch]):
             multiprocessing_context=_context() if workers else None,
             generator=torch.Generator(),  # its own, or the weights of a network made later would depend on us
         )
-        self._batches: Iterator[Batch | SegrtError] | None = iter(loader)
+        with signals_later() if workers else nullcontext():
+            self._batches: Iterator[Batch | SegrtError] | None = iter(loader)
 
     def __next__(self) -> Batch:
         """Give the next batch.
@@ -220,4 +226,14 @@ def _start_worker(_number: int) -> None:
     # Ctrl-C is the loop's to answer, and so is what ends a whole group of processes: it saves first. The second time means us
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL) and None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # blocked since the fork server was started
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """A training that is killed cannot end its workers, and the fork server, whose children they are, stays while they do."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    wait([parent.sentinel])
+    os._exit(1)

@@ -42,7 +42,7 @@ def run_each(function: Callable[[_In], _Out], items: Sequence[_In], *, workers: 
     # what leaves the block early closes our end of the pipe first, and so does the end of this process, whatever ends it
     with end, ProcessPoolExecutor(count, mp_context=context, initializer=_end_with, initargs=(end,)) as pool, ours:
         try:
-            with _later():
+            with signals_later():
                 # starts the workers; map would cancel what is left after an error, which the end of a worker then stumbles over
                 futures = [pool.submit(function, item) for item in items]
             done = _collect((future.result() for future in futures), len(items), progress)
@@ -56,7 +56,7 @@ def run_each(function: Callable[[_In], _Out], items: Sequence[_In], *, workers: 
 
 
 @contextmanager
-def _later() -> Iterator[None]:
+def signals_later() -> Iterator[None]:
     """Signals that ask to stop wait for the end of the block; processes it starts never get them, for those are asked another way."""
     resource_tracker.ensure_running()  # else the first process starts it, and signals come through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +25,10 @@ from segrt.train.prepare import prepare
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("loader")
+    return prepare_balls(tmp_path_factory.mktemp("loader"))
+
+
+def prepare_balls(folder: Path) -> Prepared:
     return prepare(write_dataset(folder / "raw", ((12, 14, 10), (9, 16, 11), (20, 9, 9))), configure(), folder / "cache", workers=1)
 
 
@@ -168,6 +174,36 @@ def test_a_killed_worker_is_a_sentence(prepared: Prepared) -> None:
     with pytest.raises(BackendError, match="a process that makes batches was killed"):
         list(islice(stream, 20))
     assert multiprocessing.active_children() == []
+
+
+JOB = """
+import multiprocessing, time
+from pathlib import Path
+from test_train_loader import CONFIGURATION, prepare_balls
+from segrt.train.loader import Batches
+if __name__ == "__main__":
+    stream = Batches(prepare_balls(Path("cases")), CONFIGURATION, workers=1)()
+    next(stream)
+    [worker] = multiprocessing.active_children()
+    Path("worker").write_text(str(worker.pid))
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_training_that_is_killed(tmp_path: Path) -> None:
+    """Their parent is the fork server, which stays while they do."""
+    (tmp_path / "job.py").write_text(JOB)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    with subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env=environment) as process:
+        worker = tmp_path / "worker"
+        while not (worker.exists() and worker.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker.read_text()}/exe").exists():  # a zombie has none
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_no_case_no_batches(prepared: Prepared) -> None:
