@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from ..errors import SpecError
-from ..spec import ModelSpec, UNetSpec, parse_spec
+from ..spec import ModelSpec, UNetSpec, VNetSpec, parse_spec
 from .config import TrainConfig
 from .configuration import Configuration, Plan
 from .cross_entropy import check_class_weights
@@ -17,7 +18,7 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
     Raises
     ------
     SpecError
-        When the plan has no such configuration, its network cannot take that patch, or it has not as many classes as there are weights.
+        When the plan has no such configuration, its network cannot train on that patch, or it has not as many classes as there are weights.
     """
     name = name or config.configuration
     if name not in plan.configurations:
@@ -33,7 +34,9 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
         changes["batch_dice"] = config.batch_dice
     if planned.flips is not None and not config.mirroring:
         changes["flips"] = ()
-    return planned.model_copy(update=changes)
+    chosen = planned.model_copy(update=changes)
+    _check_coarsest(chosen)
+    return chosen
 
 
 def _spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
@@ -65,3 +68,22 @@ def _patch(spec: ModelSpec, patch: tuple[int, int, int]) -> tuple[int, int, int]
                 f"patch: the planned network halves axis {name} to 1/{factor}, so its side is a multiple of {factor}, got {side}"
             )
     return patch
+
+
+def _check_coarsest(configuration: Configuration) -> None:
+    """Raise a SpecError where a normalisation would get one number per feature: a U-Net's takes each patch alone, a V-Net's the batch."""
+    network, sides = configuration.spec.network, configuration.spec.inference.patch
+    numbers = 1
+    if isinstance(network, UNetSpec):
+        sides = sides[3 - network.dimensions :]
+        for stride in network.strides:
+            sides = tuple(-(-side // step) for side, step in zip(sides, stride, strict=True))
+    elif isinstance(network, VNetSpec):
+        numbers = configuration.batch_size
+        for kernel, stride in zip(network.kernels, network.strides, strict=True):
+            sides = tuple((side - wide) // step + 1 for side, wide, step in zip(sides, kernel, stride, strict=True))
+    if numbers * prod(sides) == 1:
+        raise SpecError(
+            f"patch: {configuration.spec.inference.patch} leaves one voxel at the coarsest level of the network, where normalising needs "
+            "more; choose a larger patch" + (" or batch" if isinstance(network, VNetSpec) else "")
+        )

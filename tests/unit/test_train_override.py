@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import prod
+from pathlib import Path
+
 import pytest
 from train_factory import write_dataset
 
@@ -10,7 +13,7 @@ from segrt.train.config import make_config
 from segrt.train.configuration import Plan
 from segrt.train.fingerprint import measure
 from segrt.train.override import choose_configuration
-from segrt.train.plan import plan_nnunet
+from segrt.train.plan import plan_nnunet, plan_vnet
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +43,20 @@ def test_batch_width_and_heads(plan: Plan) -> None:
 def test_a_patch_the_network_cannot_halve_is_refused(plan: Plan) -> None:
     with pytest.raises(SpecError, match=r"patch: the planned network halves axis x to 1/\d+, so its side is a multiple of \d+, got 17"):
         choose_configuration(plan, make_config("nnunet", patch=(32, 32, 17)))
+
+
+def test_a_patch_that_shrinks_to_one_voxel_is_refused(plan: Plan) -> None:
+    """An instance normalisation has nothing to normalise then; a V-Net's counts the whole batch."""
+    strides = plan.configurations["3d_fullres"].spec.network.strides
+    smallest = tuple(prod(stride[axis] for stride in strides) for axis in range(3))
+    with pytest.raises(SpecError, match=r"patch: .* leaves one voxel at the coarsest level of the network, .* choose a larger patch$"):
+        choose_configuration(plan, make_config("nnunet", patch=smallest))
+    choose_configuration(plan, make_config("nnunet", patch=(2 * smallest[0], *smallest[1:])))
+
+
+def test_a_vnets_batch_counts_too(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path)
+    plan = plan_vnet(dataset, measure(dataset, workers=0), shape=(16, 16, 16))
+    with pytest.raises(SpecError, match=r"choose a larger patch or batch$"):
+        choose_configuration(plan, make_config("vnet", patch=(16, 16, 16), batch_size=1))
+    choose_configuration(plan, make_config("vnet", patch=(16, 16, 16), batch_size=2))
