@@ -72,8 +72,8 @@ def _patch(spec: ModelSpec, patch: tuple[int, int, int]) -> tuple[int, int, int]
 
 def _check_coarsest(configuration: Configuration) -> None:
     """Raise a SpecError where a normalisation would get one number per feature: a U-Net's takes each patch alone, a V-Net's the batch."""
-    network, sides = configuration.spec.network, configuration.spec.inference.patch
-    numbers = 1
+    network, numbers = configuration.spec.network, 1
+    sides: tuple[int, ...] = configuration.spec.inference.patch
     if isinstance(network, UNetSpec):
         sides = sides[3 - network.dimensions :]
         for stride in network.strides:
