@@ -96,3 +96,5 @@ def test_masks_come_back_in_the_pictures_size_and_format(tmp_path: Path, data: P
 def test_an_overview_is_a_choice(tmp_path: Path, data: Path, trained: tuple[Path, str]) -> None:
     segrt("predict", data / "images" / "P0_0.png", tmp_path / "out", "--model", trained[0], "--backend", "pytorch", "--no-overview")
     assert not (tmp_path / "out" / "overview.png").exists()
+    segrt("predict", data / "images" / "P0_0.png", tmp_path / "two", "--model", trained[0], "--backend", "pytorch", "--overview")
+    assert (tmp_path / "two" / "overview.png").exists()

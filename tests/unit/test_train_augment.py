@@ -107,7 +107,7 @@ def test_rotation_and_the_patch_it_needs_are_nnunets(patch, rotation: Rotation, 
 
 def test_the_transforms_are_nnunets_in_its_order() -> None:
     spec = make_spec(patch=PATCH, network=UNET_3D, mirror_axes=(0, 1, 2))
-    transforms = augment._nnunet_transforms(spec)
+    transforms = augment._nnunet_transforms(spec, (0, 1, 2))
     names = [type(getattr(t, "transform", t)).__name__.removesuffix("Transform") for t in transforms]
     chances = [getattr(t, "apply_probability", 1) for t in transforms]
     assert dict(enumerate(zip(names, chances, strict=True))) == dict(
@@ -125,7 +125,7 @@ def test_the_transforms_are_nnunets_in_its_order() -> None:
             ]
         )
     )
-    flat = augment._nnunet_transforms(make_spec(patch=(4, 16, 16), network=UNET_3D))
+    flat = augment._nnunet_transforms(make_spec(patch=(4, 16, 16), network=UNET_3D), ())
     assert [type(t).__name__ for t in flat[:3]] == ["Convert3DTo2DTransform", "SpatialTransform", "Convert2DTo3DTransform"]
 
 
@@ -166,7 +166,7 @@ def test_patches_are_mirrored_over_the_allowed_axes_only() -> None:
     ramp = np.arange(np.prod(PATCH), dtype=np.float32).reshape(1, *PATCH)
     for axes in ((), (2,), (0, 1, 2)):
         spec = make_spec(patch=PATCH, network=UNET_3D, mirror_axes=axes)
-        mirror = augment._nnunet_transforms(spec)[8:]
+        mirror = augment._nnunet_transforms(spec, axes)[8:]
         assert len(mirror) == bool(axes)
         found = set()
         with augment._drawing_from(_rng(3)):

@@ -122,7 +122,7 @@ def test_a_training_by_the_clock_ends_with_its_minutes(tmp_path: Path) -> None:
 
 
 def test_the_time_before_an_interruption_counts(tmp_path: Path) -> None:
-    config = tiny_config(iterations=1_000_000, minutes=0.03, save_interval=10**6, validation_interval=10**6)
+    config = tiny_config(iterations=1_000_000, minutes=0.1, save_interval=10**6, validation_interval=10**6)
 
     asked = []
 
