@@ -120,7 +120,8 @@ def train(model: str, options: argparse.Namespace, flags: list[str], *, toy: boo
     began = time.perf_counter()
     _command("train", arguments, cores)
     result = describe(options.out / model) | {
-        "command": " ".join(["segrt-train", "c_lgg2d/images", "--masks", "c_lgg2d/masks", *arguments[3:]]),
+        # without this machine's folders
+        "command": " ".join(["segrt-train", "c_lgg2d/images", "--masks", "c_lgg2d/masks", "--model", model, "-o", model, *arguments[7:]]),
         "seconds": {"whole command": round(time.perf_counter() - began)} | _pace(options.out / model),
         "minutes": options.minutes / len(MODELS),
         "cores": cores,

@@ -156,7 +156,7 @@ def train(options: argparse.Namespace, flags: list[str]) -> None:
     subprocess.run([sys.executable, *command], env=_environment(len(cores)), check=True)
     seconds = time.perf_counter() - began
     result = describe(folder, recipe) | {
-        "command": " ".join(["segrt-train", recipe.folder, *command[5:]]),
+        "command": " ".join(["segrt-train", recipe.folder, "-o", "bundle", *command[7:]]),  # without this machine's folders
         "seconds": {"whole command": round(seconds)} | _pace(folder / "bundle"),
         "cores": len(cores),
         **_trained_on(folder / "bundle"),
