@@ -50,36 +50,17 @@ def measure_once(place: Work) -> Fingerprint:
 def plan_once(place: Work, fingerprint: Fingerprint, given: str | Path | None) -> Plan:
     """Make the plan of the dataset, or read the one given; it is written down either way."""
     config = place.config
+    own: dict[str, Any]
+    # what a V-Net and a UNet++ may be told alike
+    common: dict[str, Any] = {name: getattr(config, name) for name in ("window", "sliding", "resampling", "width", "deep_supervision")}
     if given is not None:
         plan = load_plan(Path(given))
     elif config.model == "vnet":
-        plan = plan_vnet(
-            place.dataset,
-            fingerprint,
-            window=config.window,
-            shape=config.patch or (128, 128, 128),
-            sliding=config.sliding,
-            resampling=config.resampling,
-            width=config.width,
-            deep_supervision=config.deep_supervision,
-            elu=config.elu,
-            kernels=config.kernels,
-            strides=config.strides,
-        )
+        own = {"shape": config.patch or (128, 128, 128), "elu": config.elu, "kernels": config.kernels, "strides": config.strides}
+        plan = plan_vnet(place.dataset, fingerprint, **own, **common)
     elif config.model == "unetpp" or config.model == "unet":
-        plan = plan_unetpp(
-            place.dataset,
-            fingerprint,
-            family=config.model,
-            window=config.window,
-            shape=config.patch,
-            sliding=config.sliding,
-            resampling=config.resampling,
-            width=config.width,
-            deep_supervision=config.deep_supervision,
-            mode=config.mode,
-            dropout=config.dropout,
-        )
+        own = {"family": config.model, "shape": config.patch, "mode": config.mode, "dropout": config.dropout}
+        plan = plan_unetpp(place.dataset, fingerprint, **own, **common)
     elif config.planner == "v1":
         plan = plan_nnunet_v1(place.dataset, fingerprint)
     else:

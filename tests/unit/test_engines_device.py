@@ -251,18 +251,16 @@ def test_a_compiled_network_gives_the_same_logits(copy: Bundle) -> None:
 
 
 @torch_itself_warns
-def test_where_torch_cannot_compile_the_network_runs_as_it_is(
-    copy: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_torch_cannot_compile_the_network_runs_as_it_is(copy: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     from torch._inductor import config
 
     torch.compiler.reset()
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(config, "fx_graph_cache", False)
     patches = patches_for(copy, 2)
     engine = TorchEngine(build(UNET_3D), classes=3, dimensions=3, device="simulated", compiled=True)
     plain = TorchEngine(engine._network, classes=3, dimensions=3, device="simulated")
-    with caplog.at_level(logging.WARNING):
+    # the configuration's own patch: pytest's leaves its entries deleted for every later test
+    missing = {"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}
+    with config.patch(missing), caplog.at_level(logging.WARNING):
         logits = engine(simulated(patches))
     assert "torch.compile does not work here" in caplog.text
     assert (to_host(logits) == to_host(plain(simulated(patches)))).all()
