@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 VENV := .venv
 RIVAL := .venv-rival
 BIN := $(VENV)/bin
-EXTRAS := export,train,ort,cuda,trtcheck,int8,dicom,report,bench,test
+EXTRAS := export,train,ort,cuda,trtcheck,triton,int8,dicom,report,bench,test
 
 .PHONY: install demo test coverage bench rival lint types clean
 .DELETE_ON_ERROR:
@@ -24,6 +24,7 @@ $(BIN)/python:
 $(VENV)/.installed: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --no-deps nvidia-pytriton==0.7.0  # a real tritonserver; what it asks for would lower NumPy
 	touch $@
 
 # the demo needs the torch-free core and matplotlib; an environment that already has them is used as it is

@@ -13,11 +13,7 @@ with tumour, without post-processing.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,8 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _timer import RESULTS, commit, environment, write_results
+from _trainings import ROOT, command, cores_of, divide, pace_of, pin, read_json, rows_of, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAGS = (
     "--mask-threshold 0 --patients (TCGA_[^_]+_[^_]+)_ --fold 0 --weights last --validation-batches 4 --validation-interval 200 "
     "--save-interval 200 --log-interval 20 --width 0.5 --size 128 --batch-size 8 --optimizer adamw --weight-decay 1e-2 --lr 1e-3 "
@@ -42,7 +38,7 @@ def main() -> None:
     if sys.argv[1:] == ["--toy"]:
         run_toy()
         return
-    own, flags = _divide(sys.argv[1:])
+    own, flags = divide(sys.argv[1:])
     options = _parser().parse_args(own)
     match options.command:
         case "train":
@@ -101,16 +97,10 @@ def make_slices(folder: Path, patients: int = 5) -> None:
         write_image(folder / "masks" / name, (disk * 255).astype(np.uint8)[None], grid)
 
 
-def _divide(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our arguments, and those after -- for segrt-train."""
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:at], arguments[at + 1 :]
-
-
 # ------------------------------------------------------------------ training
 def train(model: str, options: argparse.Namespace, flags: list[str], *, toy: bool = False) -> None:
     """Train one network by segrt-train and write its result."""
-    cores, folder = _pin(options.cpus), options.data / "c_lgg2d"
+    cores, folder = pin(cores_of(options.cpus)), options.data / "c_lgg2d"
     arguments = [
         *(str(folder / "images"), "--masks", str(folder / "masks"), "--model", model, "-o", str(options.out / model)),
         *("--minutes", f"{options.minutes / len(MODELS):g}", "--device", "cpu", "--workers", str(max(1, cores // 2)), "--force"),
@@ -118,17 +108,17 @@ def train(model: str, options: argparse.Namespace, flags: list[str], *, toy: boo
         *flags,
     ]
     began = time.perf_counter()
-    _command("train", arguments, cores)
+    command("train", *arguments)
     result = describe(options.out / model) | {
         # without this machine's folders
         "command": " ".join(["segrt-train", "c_lgg2d/images", "--masks", "c_lgg2d/masks", "--model", model, "-o", model, *arguments[7:]]),
-        "seconds": {"whole command": round(time.perf_counter() - began)} | _pace(options.out / model),
+        "seconds": {"whole command": round(time.perf_counter() - began)} | pace_of(options.out / model),
         "minutes": options.minutes / len(MODELS),
         "cores": cores,
         **environment(),
         "commit": options.commit,
     }
-    (options.out / f"{model}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(options.out / f"{model}.json", result)
     print(
         f"{NAMES[model]}: mean Dice {result['mean_dice']:.4f}, IoU {result['mean_iou']:.4f} over {result['slices']['with tumour']} slices"
     )
@@ -138,12 +128,11 @@ def train(model: str, options: argparse.Namespace, flags: list[str], *, toy: boo
 def describe(bundle: Path) -> dict[str, Any]:
     """What a bundle reports of the slices held back."""
     reports = bundle / "reports"
-    summary, split, machine = (_json(reports / name) for name in ("summary.json", "fold_0/split.json", "fold_0/environment.json"))
+    summary, split, machine = (read_json(reports / name) for name in ("summary.json", "fold_0/split.json", "fold_0/environment.json"))
     scores = {case["name"]: next(iter(case["metrics"].values())) for case in summary["metric_per_case"]}
     tumour = {name: score for name, score in scores.items() if score["n_ref"]}
     false = [name for name, score in scores.items() if not score["n_ref"] and score["n_pred"]]
     patients = {patient: [s["Dice"] for name, s in tumour.items() if name.startswith(patient)] for patient in split["patients"]["val"]}
-    rows = _rows(reports / "fold_0" / "training.csv")
     return {
         "mean_dice": statistics.mean(score["Dice"] for score in tumour.values()),
         "mean_iou": statistics.mean(score["IoU"] for score in tumour.values()),
@@ -152,62 +141,32 @@ def describe(bundle: Path) -> dict[str, Any]:
         "patients": split["patients"],
         "parameters": machine["parameters"],
         "flops_per_patch": machine["flops_per_patch"],
-        "iterations": int(rows[-1]["iteration"]),
-        "config": _json(reports / "fold_0" / "config.json"),
+        "iterations": int(rows_of(bundle)[-1]["iteration"]),
+        "config": read_json(reports / "fold_0" / "config.json"),
     }
-
-
-def _pace(bundle: Path) -> dict[str, float]:
-    rows = _rows(bundle / "reports" / "fold_0" / "training.csv")
-    return {"iteration, median": round(statistics.median(float(row["batch_cost"]) for row in rows), 4)}
 
 
 # ------------------------------------------------------------------ pruning
 def prune(options: argparse.Namespace, *, toy: bool = False) -> None:
     """Build every level of the trained UNet++, and add what it costs and is worth to its result."""
-    bundle, cores = options.out / "unetpp", _pin(options.cpus)
-    _command("build", [str(bundle), "--prune", "L1,L2,L3,L4", "--force"], cores)
-    levels = _json(bundle / "reports" / "prune.json")
-    result = _json(options.out / "unetpp.json") | {name: levels.pop(name) for name in ("L1", "L2", "L3", "L4")}
+    bundle, cores = options.out / "unetpp", pin(cores_of(options.cpus))
+    command("build", bundle, "--prune", "L1,L2,L3,L4", "--force")
+    levels = read_json(bundle / "reports" / "prune.json")
+    result = read_json(options.out / "unetpp.json") | {name: levels.pop(name) for name in ("L1", "L2", "L3", "L4")}
     result["pruning"] = {**levels, "cores": cores, **environment()}
-    (options.out / "unetpp.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(options.out / "unetpp.json", result)
     write_results("lgg_unetpp", {key: value for key, value in result.items() if key != "benchmark"}, toy=toy)
 
 
-# ------------------------------------------------------------------ what all of it shares
+# ------------------------------------------------------------------ side by side
 def print_table() -> None:
     """The networks that have a result, side by side."""
     print("| network | parameters | GFLOP | iterations | Dice of slices with tumour | IoU |\n|---|---|---|---|---|---|")
     for model in MODELS:
         if (path := RESULTS / f"lgg_{model}.json").is_file():
-            r = _json(path)
+            r = read_json(path)
             numbers = f"{r['parameters']:,} | {r['flops_per_patch'] / 1e9:.1f} | {r['iterations']}"
             print(f"| {NAMES[model]} | {numbers} | {r['mean_dice']:.4f} | {r['mean_iou']:.4f} |")
-
-
-def _pin(cpus: str) -> int:
-    """Keep this process, and all it starts, on these cores; how many they are comes out."""
-    pairs = [part.partition("-") for part in cpus.split(",") if part]
-    cores = [core for first, _, last in pairs for core in range(int(first), int(last or first) + 1)] or sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores)
-    return len(cores)
-
-
-def _command(name: str, arguments: list[str], cores: int) -> None:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    threads = {name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
-    code = f"from segrt.cli.{name} import main; main()"
-    environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=True)
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ choose no weights: the last iteration's are taken.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -29,8 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _timer import commit, environment, write_results
+from _trainings import ROOT, command, cores_of, divide, pace_of, pin, read_json, rows_of, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 5e-4
 SPLIT = "sorted:0.8"
 
@@ -89,7 +86,7 @@ def main() -> None:
     if sys.argv[1:] == ["--toy"]:
         run_toy(parser)
         return
-    own, flags = _divide(sys.argv[1:])
+    own, flags = divide(sys.argv[1:])
     options = parser.parse_args(own)
     match options.command:
         case "train":
@@ -110,115 +107,69 @@ def run_toy(parser: argparse.ArgumentParser) -> None:
         make_images(Path(scratch) / "b_hippocampus", 5)
         places = ["--data", scratch, "--out", scratch]
         run = parser.parse_args(["train", "hippocampus_nnunet", *places, "--minutes", "0.05"])
-        train(
-            run,
-            [
-                "--width",
-                "0.0625",
-                "--patch",
-                "16,16,16",
-                "--no-mirroring",
-                "--workers",
-                "0",
-                "--validation-batches",
-                "1",
-                "--precision",
-                "fp32",
-            ],
-        )
+        small = "--width 0.0625 --patch 16,16,16 --no-mirroring --workers 0 --validation-batches 1 --precision fp32"
+        train(run, small.split())
         verify(parser.parse_args(["verify", f"{scratch}/hippocampus_nnunet", *places]), toy=True)
-
-
-def _divide(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our arguments, and those after -- for segrt-train."""
-    if "--" not in arguments:
-        return arguments, []
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]
 
 
 # ------------------------------------------------------------------ training
 def train(options: argparse.Namespace, flags: list[str]) -> None:
     """Run segrt-train on the cores given, and write result.json."""
     recipe = RECIPES[options.run]
-    cores = _cores(options.cpus)[: options.cores] if options.cpus else sorted(os.sched_getaffinity(0))[: options.cores]
-    os.sched_setaffinity(0, cores)  # every process and thread started from here on stays on them
+    cores = pin(cores_of(options.cpus)[: options.cores])
     folder = options.out / (options.name or options.run)
     minutes = options.minutes or recipe.minutes
-    command = [
-        *("-c", "from segrt.cli.train import main; main()", str(options.data / recipe.folder), "-o", str(folder / "bundle")),
+    arguments = [
+        *(str(options.data / recipe.folder), "-o", str(folder / "bundle")),
         *("--work", str(folder / "work"), "--split", SPLIT, "--fold", "0", "--minutes", f"{minutes:g}", "--device", options.device),
-        *("--workers", str(max(1, len(cores) // 2)), "--save-interval", "500", "--log-interval", "50", "--force"),
+        *("--workers", str(max(1, cores // 2)), "--save-interval", "500", "--log-interval", "50", "--force"),
         *recipe.flags.split(),
         *flags,
     ]
     began = time.perf_counter()
-    subprocess.run([sys.executable, *command], env=_environment(len(cores)), check=True)
+    command("train", *arguments)
     seconds = time.perf_counter() - began
     result = describe(folder, recipe) | {
-        "command": " ".join(["segrt-train", recipe.folder, "-o", "bundle", *command[7:]]),  # without this machine's folders
-        "seconds": {"whole command": round(seconds)} | _pace(folder / "bundle"),
-        "cores": len(cores),
+        "command": " ".join(["segrt-train", recipe.folder, "-o", "bundle", *arguments[5:]]),  # without this machine's folders
+        "seconds": {"whole command": round(seconds)} | pace_of(folder / "bundle"),
+        "cores": cores,
         **_trained_on(folder / "bundle"),
         **environment(),
         "commit": options.commit,
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "result.json", result)
     print(f"{options.run}: mean Dice {result['mean_dice']:.4f} after {result['iterations']} iterations, {folder / 'result.json'}")
-
-
-def _environment(cores: int) -> dict[str, str]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    threads = {name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
-    return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def describe(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """What a run's bundle reports: Dice of the cases held back without post-processing, and all settings."""
     reports = folder / "bundle" / "reports"
-    summary = json.loads((reports / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(reports / "summary.json")
     structures = summary["structures"]
     cases = {c["name"]: {structures[k]: m["Dice"] for k, m in c["metrics"].items()} for c in summary["metric_per_case"]}
-    config = json.loads((reports / "fold_0" / "config.json").read_text(encoding="utf-8"))
-    chosen = json.loads((reports / "postprocess.json").read_text(encoding="utf-8"))
-    rows = _rows(reports / "fold_0" / "training.csv")
+    config = read_json(reports / "fold_0" / "config.json")
+    chosen = read_json(reports / "postprocess.json")
     return {
         "benchmark": recipe.benchmark,
         "mean_dice": summary["foreground_mean"]["Dice"],
         "dice": {structures[key]: metrics["Dice"] for key, metrics in summary["mean"].items()},
         "mean_dice_postprocessed": chosen["mean_dice"]["with"],
-        "iterations": int(rows[-1]["iteration"]),
+        "iterations": int(rows_of(folder / "bundle")[-1]["iteration"]),
         "minutes": config["minutes"],
         "per_case": cases,
         "config": config,
     }
 
 
-def _pace(bundle: Path) -> dict[str, float]:
-    rows = _rows(bundle / "reports" / "fold_0" / "training.csv")
-    batch, reader = (statistics.median(float(row[name]) for row in rows) for name in ("batch_cost", "reader_cost"))
-    whole = sum(float(row["batch_cost"]) for row in rows)
-    return {
-        "iteration, median": round(batch, 4),
-        "reader share": round(sum(float(row["reader_cost"]) for row in rows) / whole, 4),
-        "reader, median": round(reader, 5),
-    }
-
-
 def _trained_on(bundle: Path) -> dict[str, Any]:
-    values = json.loads((bundle / "reports" / "fold_0" / "environment.json").read_text(encoding="utf-8"))
+    values = read_json(bundle / "reports" / "fold_0" / "environment.json")
     return {name: values[name] for name in ("device", "gpu", "parameters", "flops_per_patch") if name in values}
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # ------------------------------------------------------------------ several at once
 def start_all(options: argparse.Namespace, flags: list[str]) -> None:
     """Start every run on cores of its own in a session of its own, and return; OUT/RUN.log has what it says."""
-    cores = _cores(options.cpus) if options.cpus else sorted(os.sched_getaffinity(0))
+    cores = cores_of(options.cpus)
     options.out.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(options.runs.split(",")):
         own = cores[number * options.cores : (number + 1) * options.cores]
@@ -251,18 +202,12 @@ def show_status(out: Path) -> None:
         print(f"{log.stem}: {lines[-1] if lines else 'nothing yet'}")
 
 
-def _cores(text: str) -> list[int]:
-    """0,1,4-7 -> their numbers."""
-    pairs = [part.partition("-") for part in text.split(",")]
-    return [core for first, _, last in pairs for core in range(int(first), int(last or first) + 1)]
-
-
 # ------------------------------------------------------------------ the bundle afterwards
 def verify(options: argparse.Namespace, *, toy: bool = False) -> None:
     """Build the bundle, predict the cases held back from their files by the two commands, and compare every Dice with the validation's."""
     from segrt.train.dataset import open_dataset
 
-    result = json.loads((options.folder / "result.json").read_text(encoding="utf-8"))
+    result = read_json(options.folder / "result.json")
     recipe = next(recipe for recipe in RECIPES.values() if recipe.benchmark == result["benchmark"])
     source: dict[str, Any] = {"image_suffix": ("PET_image",), "label_suffix": "PET_mask"} if "PET" in recipe.flags else {}
     dataset = open_dataset(options.data / recipe.folder, **source)
@@ -273,8 +218,8 @@ def verify(options: argparse.Namespace, *, toy: bool = False) -> None:
         for name, case in cases.items():
             shutil.copy(case.images[0], work / "images" / f"{name}.nii.gz")
         shutil.copytree(options.folder / "bundle", work / "bundle")
-        _command("build", work / "bundle")
-        _command("predict", work / "images", work / "labels", "--model", work / "bundle", "--no-postprocess")
+        command("build", work / "bundle")
+        command("predict", work / "images", work / "labels", "--model", work / "bundle", "--no-postprocess")
         found = _scores(work / "bundle", dataset, cases, work / "labels")
     difference = max(abs(value - result["per_case"][name][label]) for name, row in found.items() for label, value in row.items())
     labels = result["dice"]
@@ -292,11 +237,6 @@ def verify(options: argparse.Namespace, *, toy: bool = False) -> None:
     assert len(found) == len(result["per_case"])
     assert abs(mean - result["mean_dice"]) <= TOLERANCE, result["predicted"]
     write_results(result["benchmark"], result, toy=toy)
-
-
-def _command(name: str, *arguments: str | Path) -> None:
-    code = f"from segrt.cli.{name} import main; main()"
-    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 
 
 def _scores(bundle: Path, dataset: Any, cases: dict[str, Any], predictions: Path) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "segrt"
 LAYERS = {
     12: ("cli",),
     11: ("train", "export", "evaluate", "serving"),
-    10: ("pipeline", "report"),
+    10: ("pipeline", "report", "protocol"),
     9: ("predictor",),
     8: ("frames",),
     7: ("infer", "opening", "memory", "device_plan"),

@@ -1,0 +1,75 @@
+"""What a served model is asked: names that are folders' too, and options that arrive as text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from factories import make_spec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segrt.errors import InputError
+from segrt.protocol import LABELS, PROBABILITIES, RequestOptions, check_name, outputs_of
+
+
+@given(
+    st.builds(
+        RequestOptions,
+        tta=st.booleans(),
+        step=st.none() | st.floats(0.01, 1),
+        level=st.none() | st.sampled_from(["L1", "L4"]),
+        postprocess=st.booleans(),
+        probabilities=st.booleans(),
+        format=st.none() | st.just(".nii.gz"),
+        name=st.text(max_size=20),
+        timeout=st.none() | st.floats(0.1, 1e4),
+    )
+)
+def test_options_arrive_as_they_were_sent(options: RequestOptions) -> None:
+    sent = options.to_parameters()
+    assert RequestOptions.from_parameters(sent) == options
+    assert RequestOptions.from_parameters(json.dumps(sent)) == options
+    assert all(isinstance(value, bool | str) for value in sent.values())
+
+
+def test_no_parameters_are_the_defaults() -> None:
+    assert RequestOptions.from_parameters("") == RequestOptions() == RequestOptions.from_parameters({})
+    assert RequestOptions().to_parameters() == {}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"tat": True}, "unknown option 'tat'; this model takes tta, step"),
+        ({"step": 2}, "option 'step': Input should be less than or equal to 1, got 2"),
+        ({"step": "nan"}, "option 'step'"),
+        ({"tta": "maybe"}, "option 'tta'"),
+        ({"timeout": 0}, "option 'timeout': Input should be greater than 0"),
+        ({"timeout": "inf"}, "option 'timeout'"),
+        ({"name": "x" * 256}, "option 'name'"),
+        ('{"tta": ', "parameters: expected a JSON object"),
+        ("[1]", "parameters: expected a JSON object"),
+    ],
+)
+def test_a_wrong_option_is_named(parameters: Any, sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        RequestOptions.from_parameters(parameters)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "../liver", "a/b", "a\\b", ".hidden", "-x", "liver\n", "x" * 65, "l\u00e9ber"])
+def test_a_name_that_is_no_plain_folder_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="model name"):
+        check_name(name)
+
+
+def test_a_plain_name_is_kept() -> None:
+    assert check_name("liver-2_A") == "liver-2_A"
+
+
+def test_answers_have_the_type_of_the_models_labels() -> None:
+    outputs = outputs_of(make_spec())
+    assert outputs[LABELS] == ("UINT8", (-1, -1, -1))
+    assert outputs[PROBABILITIES][0] == "FP32"
