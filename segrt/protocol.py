@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .arrays import Shape3
 from .errors import InputError
-from .spec import ModelSpec
+from .spec import ModelSpec, parse_spec
+from .volume import Grid, Matrix3
 
 # inputs: exactly one of the first three is the image
 IMAGE, IMAGE_INT16, FILE = "IMAGE", "IMAGE_INT16", "FILE"
@@ -31,6 +33,9 @@ INPUTS: Mapping[str, tuple[str, tuple[int, ...]]] = {
     DIRECTION: ("FP64", (3, 3)),  # columns are the axes x, y, z
     PREVIOUS: ("UINT16", (-1, -1, -1)),  # (Z, Y, X) labels of a cascade's first stage
 }
+
+# parameters of <name> in config.pbtxt that tell a client what it serves; see `ServedModel`
+SPEC, BUNDLE_SHA, TAKES_PREVIOUS = "spec", "bundle_sha", "takes_previous"
 
 # models of a repository beside the one that runs everything itself
 PATCH_SUFFIX, BLS_SUFFIX, STREAM_SUFFIX = "_patch", "_bls", "_stream"
@@ -76,7 +81,7 @@ class RequestOptions(BaseModel):
     probabilities : also answer PROBABILITIES
     format : suffix of the LABEL_FILE wanted, such as ".nii.gz"; none by default
     name : what the image is called in sentences and reports
-    timeout : seconds after which the server gives up; none by default
+    timeout_s : seconds after which the server gives up; none by default ("timeout" is a parameter of the server's own, in microseconds)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,7 +93,7 @@ class RequestOptions(BaseModel):
     probabilities: bool = False
     format: str | None = None
     name: Annotated[str, Field(max_length=255)] = "image"
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @classmethod
     def from_parameters(cls, parameters: str | Mapping[str, Any]) -> RequestOptions:
@@ -114,6 +119,91 @@ class RequestOptions(BaseModel):
         """What differs from the defaults, in types that every client can send."""
         given = self.model_dump(exclude_defaults=True)
         return {name: value if isinstance(value, bool) else str(value) for name, value in given.items()}
+
+
+class ServedModel(BaseModel):
+    """What a client has to know of a model before it asks; it travels as the parameters of the model's configuration.
+
+    Attributes
+    ----------
+    spec : the bundle's
+    bundle_sha : `Bundle.fingerprint`
+    takes_previous : a request may bring labels of a cascade's first stage, for the model or for the other one of a pair
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: ModelSpec
+    bundle_sha: str
+    takes_previous: bool = False
+
+    def to_parameters(self) -> dict[str, str]:
+        """The parameters as text: SPEC (the text of model.json, without line ends), BUNDLE_SHA and TAKES_PREVIOUS ("true" or "false")."""
+        return {
+            SPEC: self.spec.model_dump_json(by_alias=True),
+            BUNDLE_SHA: self.bundle_sha,
+            TAKES_PREVIOUS: str(self.takes_previous).lower(),
+        }
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ServedModel:
+        """Read the parameters of a model's configuration; those of the server's own are passed over.
+
+        Raises
+        ------
+        InputError
+            When the model was not written by `segrt-build --triton`.
+        SpecError
+            When its spec cannot be right.
+        """
+        missing = [name for name in (SPEC, BUNDLE_SHA) if name not in parameters]
+        if missing:
+            raise InputError(f"its configuration has no parameter {missing[0]!r}; expected a model written by segrt-build --triton")
+        spec = parse_spec(_parsed(parameters[SPEC]), where=f"parameter {SPEC!r}")
+        return cls(spec=spec, bundle_sha=parameters[BUNDLE_SHA], takes_previous=parameters.get(TAKES_PREVIOUS) == "true")
+
+
+class Report(BaseModel):
+    """The JSON in REPORT: how the labels were made and where they lie.
+
+    Attributes
+    ----------
+    bundle_sha : `Bundle.fingerprint` of what made them
+    version : of the model, as the server counts them
+    windows : windows the network ran on, and those whose result was shared
+    seconds : stage -> wall seconds on the server
+    voxels : label name -> voxels
+    spacing, origin, direction : of the image, as in the inputs SPACING, ORIGIN and DIRECTION; the shape is that of LABELS
+    dimensions : 2 when the image was a plain 2-D file, else 3
+    """
+
+    # a newer server may say more
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    bundle_sha: str
+    version: str = ""
+    windows: tuple[int, int] = (0, 0)
+    seconds: dict[str, float] = Field(default_factory=dict)
+    voxels: dict[str, int] = Field(default_factory=dict)
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    direction: Matrix3 = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    dimensions: int = 3
+
+
+def geometry_of(grid: Grid) -> dict[str, tuple[Any, ...]]:
+    """SPACING, ORIGIN and DIRECTION of a grid."""
+    return {SPACING: grid.spacing, ORIGIN: grid.origin, DIRECTION: tuple(row[::-1] for row in grid.axes)}
+
+
+def grid_of(
+    shape: Shape3, spacing: Sequence[float], origin: Sequence[float], direction: Sequence[Sequence[float]], *, flat: bool = False
+) -> Grid:
+    """The grid of `geometry_of`; `flat` for a plain 2-D image."""
+    z, y, x = (float(step) for step in spacing)
+    first, second, third = ((float(c), float(b), float(a)) for a, b, c in direction)
+    px, py, pz = (float(position) for position in origin)
+    return Grid(shape, (z, y, x), (px, py, pz), (first, second, third), 2 if flat else 3)
 
 
 def _parsed(text: str) -> dict[str, Any]:
