@@ -151,6 +151,11 @@ class Bundle:
         """Where the compiled files of one engine belong."""
         return self.path / "engines" / self.keyed(key)
 
+    @property
+    def is_exported(self) -> bool:
+        """Whether every member has its ONNX file."""
+        return all(self.onnx_path(member).is_file() for member in self.spec.members)
+
     @cached_property
     def previous(self) -> Bundle | None:
         """The bundle of the stage before, or None."""

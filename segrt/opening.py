@@ -51,17 +51,13 @@ def choose_level(bundle: Bundle, level: str | None, backend: Backend) -> Bundle:
         When the model has no such level, or nobody has made it; the sentence names those that were made.
     """
     chosen = bundle if level is None else bundle.at_level(level)
-    if chosen.whole is None or backend == "pytorch" or _is_made(chosen):
+    if chosen.whole is None or backend == "pytorch" or chosen.is_exported:
         return chosen
-    made = [name for name in levels_of(bundle.spec) if _is_made(bundle.at_level(name))]
+    made = [name for name in levels_of(bundle.spec) if bundle.at_level(name).is_exported]
     raise InputError(
         f"{bundle.path} has no level {level}, only {', '.join(made) or 'weights that nothing was built from'}; "
         f"make it with: {chosen.build_command}"
     )
-
-
-def _is_made(bundle: Bundle) -> bool:
-    return all(bundle.onnx_path(member).is_file() for member in bundle.spec.members)
 
 
 def choose_members(bundle: Bundle, folds: Sequence[str] | None) -> tuple[str, ...]:

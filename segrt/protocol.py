@@ -19,8 +19,8 @@ IMAGE, IMAGE_INT16, FILE = "IMAGE", "IMAGE_INT16", "FILE"
 FILE_SIZES, SPACING, ORIGIN, DIRECTION, PREVIOUS = "FILE_SIZES", "SPACING", "ORIGIN", "DIRECTION", "PREVIOUS"
 # outputs
 LABELS, PROBABILITIES, LABEL_FILE, REPORT, PROGRESS = "LABELS", "PROBABILITIES", "LABEL_FILE", "REPORT", "PROGRESS"
-# of the bare engine
-PATCHES, LOGITS = "PATCHES", "LOGITS"
+# of the bare engine: named as in the ONNX files that are exported here, so that a server's own backends can take its place
+PATCHES, LOGITS = "patches", "logits"
 
 # name -> (type, shape); bytes travel as UINT8, which every client can send and the python backend can hand on under NumPy 2
 INPUTS: Mapping[str, tuple[str, tuple[int, ...]]] = {
@@ -37,7 +37,8 @@ INPUTS: Mapping[str, tuple[str, tuple[int, ...]]] = {
 # parameters of <name> in config.pbtxt that tell a client what it serves; see `ServedModel`
 SPEC, BUNDLE_SHA, TAKES_PREVIOUS = "spec", "bundle_sha", "takes_previous"
 
-# models of a repository beside the one that runs everything itself
+# models of a repository beside the one that runs everything itself; what each is told by its config.pbtxt, and which class its model.py
+# binds, is in segrt.repository
 PATCH_SUFFIX, BLS_SUFFIX, STREAM_SUFFIX = "_patch", "_bls", "_stream"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

@@ -22,8 +22,8 @@ PACKAGE = ROOT / "segrt"
 LAYERS = {
     12: ("cli",),
     11: ("train", "export", "evaluate", "serving"),
-    10: ("pipeline", "report", "protocol"),
-    9: ("predictor",),
+    10: ("pipeline", "report", "repository"),
+    9: ("predictor", "protocol"),
     8: ("frames",),
     7: ("infer", "opening", "memory", "device_plan"),
     6: ("engines", "assemble", "slabs"),
