@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 
 from .arrays import require
 from .errors import InputError, SpecError
+from .files import sha256, staged_folder, write_atomic
 from .level import level_of, prune_spec
 from .pair import check_identity, check_pair
 from .spec import ModelSpec, Partner, load_spec
@@ -199,58 +198,6 @@ class Bundle:
     def write_report(self, name: str, values: Mapping[str, Any]) -> Path:
         """Write reports/`name` as JSON."""
         return write_atomic(self.path / "reports" / name, json.dumps(values, indent=1) + "\n")
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Write a file under a temporary name in its folder, then rename it; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path, "part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = _beside(target, "part")
-    folder.mkdir()
-    try:
-        yield folder
-        if target.exists():
-            old = _beside(target, "old")
-            target.replace(old)
-            try:
-                folder.replace(target)
-            except BaseException:
-                old.replace(target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            folder.replace(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    """A hidden name in the same folder that nothing has yet.
-
-    Not through `tempfile`, whose files only their owner may read: what is made under this name gets the permissions of any other file.
-    """
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
 
 
 def check_replaceable(target: Path, *, force: bool) -> None:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from . import __version__
-from .bundle import write_atomic
 from .errors import InputError, SegrtError
+from .files import write_atomic
 from .io import Case, output_name, write_labels
 from .io.cases import image_suffix
 from .io.peek import find_labels

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from segrt.arrays import Array, FloatArray, Shape3, Spacing3
-from segrt.bundle import Bundle, sha256
+from segrt.bundle import Bundle
 from segrt.engines.function import FunctionEngine
+from segrt.files import sha256
 from segrt.io import write_image
 from segrt.spec import (
     Channel,

@@ -28,7 +28,7 @@ LAYERS = {
     7: ("infer", "opening", "memory", "device_plan"),
     6: ("engines", "assemble", "slabs"),
     5: ("io", "bundle", "preprocess", "windows", "restore", "postprocess", "networks", "metrics", "phantom"),
-    4: ("volume", "kernels", "clock", "pair", "level"),
+    4: ("volume", "kernels", "clock", "pair", "level", "files"),
     3: ("device", "spec"),
     2: ("arrays",),
     1: ("errors",),

@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, write_atomic
+from ..bundle import Bundle
+from ..files import write_atomic
 from ..io import Case, read_volume
 from ..io.peek import find_labels
 from ..memory import peak_bytes

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..arrays import Array, FloatArray
-from ..bundle import Bundle, sha256
+from ..bundle import Bundle
 from ..device import count_gpus, device_number, memory_errors
 from ..errors import BackendError
+from ..files import sha256
 
 logger = logging.getLogger(__name__)
 

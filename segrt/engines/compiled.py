@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, sha256
+from ..bundle import Bundle
 from ..errors import BackendError
+from ..files import sha256
 
 logger = logging.getLogger(__name__)
 

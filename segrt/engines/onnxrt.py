@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array, FloatArray, require
-from ..bundle import Bundle, sha256
+from ..bundle import Bundle
 from ..device import device_number, open_stream, use_device
 from ..errors import BackendError
+from ..files import sha256
 from . import check_onnx, read_build
 from .batches import gpu_batch, in_batches, smaller_batch_after_memory_error
 

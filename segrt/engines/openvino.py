@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..arrays import FloatArray, require
-from ..bundle import Bundle, sha256
+from ..bundle import Bundle
 from ..errors import BackendError
+from ..files import sha256
 from ..spec import ShapeTarget
 from . import read_build
 from .compiled import check_compiled, check_window

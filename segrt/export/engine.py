@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..arrays import FloatArray
-from ..bundle import Bundle, sha256, staged_folder, write_atomic
+from ..bundle import Bundle
 from ..device import use_device
 from ..engines import Backend, Engine, Precision, open_engine, resolve_device
 from ..engines.batches import gpu_batch
@@ -26,6 +26,7 @@ from ..engines.trt import open_plan, this_machine
 from ..engines.trt_plan import engine_key as plan_key
 from ..engines.trt_plan import make_record
 from ..errors import BuildError, InputError
+from ..files import sha256, staged_folder, write_atomic
 from .calibrate import calibration_windows, quantize
 from .tensorrt import TensorRTOptions, build_plan, member_model
 from .typed import write_typed

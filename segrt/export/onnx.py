@@ -16,9 +16,10 @@ import numpy as np
 
 from .. import __version__
 from ..arrays import Array, FloatArray, require
-from ..bundle import Bundle, sha256, write_atomic
+from ..bundle import Bundle
 from ..engines import read_build
 from ..errors import BuildError, InputError
+from ..files import sha256, write_atomic
 from ..spec import ModelSpec, OnnxNetwork, VNetSpec
 
 if TYPE_CHECKING:

@@ -17,9 +17,10 @@ import numpy as np
 
 from .. import __version__
 from ..arrays import require
-from ..bundle import Bundle, write_atomic
+from ..bundle import Bundle
 from ..engines.openvino import cpu_name
 from ..errors import BuildError, InputError
+from ..files import write_atomic
 from ..io import read_volume
 from ..level import level_of, levels_of
 from ..predictor import Predictor

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..arrays import FloatArray
-from ..bundle import Bundle, write_atomic
+from ..bundle import Bundle
 from ..engines import Precision, trt_api
 from ..errors import BuildError
+from ..files import write_atomic
 from .quantized import quantized_onnx
 from .typed import typed_onnx
 from .weak import fused_norms, group_norms, old_opset

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ..arrays import Array, require
-from ..bundle import Bundle, sha256, write_atomic
+from ..bundle import Bundle
 from ..engines import read_build
 from ..errors import BuildError
+from ..files import sha256, write_atomic
 
 Half = Literal["fp16", "bf16"]
 

@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..bundle import write_atomic
 from ..errors import InputError
+from ..files import write_atomic
 
 Scores = Mapping[str, Mapping[str, float]]
 MEAN = "mean"

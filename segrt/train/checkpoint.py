@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..bundle import sha256, staged_folder
 from ..errors import InputError, SpecError
+from ..files import sha256, staged_folder
 from .config import TrainConfig
 
 SCHEMA = 1

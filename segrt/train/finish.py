@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, sha256, write_atomic
+from ..bundle import Bundle
+from ..files import sha256, write_atomic
 from ..report.tables import write_tables
 from .cases import Dataset
 from .folds import reports_of

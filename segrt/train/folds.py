@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ..arrays import Array, ProgressFn
-from ..bundle import Bundle, write_atomic
+from ..bundle import Bundle
 from ..engines import resolve_device
 from ..errors import BackendError
+from ..files import write_atomic
 from ..io import read_labels
 from ..networks import build, build_empty, count_parameters, initialize
 from ..report.curves import write_curves
@@ -33,7 +34,7 @@ from .dataset import read_training_case
 from .epoch import mean_of
 from .loader import Batches, Stream
 from .loop import Job, ProgressStep, train
-from .losses import build_loss
+from .override import choose_loss
 from .processes import processes, rank
 from .records import count_flops, environment
 from .splits import Split
@@ -102,16 +103,7 @@ class Fold:
 
         return Job(
             build=build_network,
-            loss=build_loss(
-                spec,
-                kind=config.loss,
-                batch_dice=configuration.batch_dice,
-                deep_supervision=supervised,
-                distributed=processes() > 1,
-                coefficients=config.coefficients,
-                class_weights=config.class_weights,
-                dice_activation=config.dice_activation,
-            ),
+            loss=choose_loss(configuration, config, distributed=processes() > 1),
             batches=self.batches("training"),
             validation=self.batches("validation"),
             classes=class_names(spec),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from ..bundle import write_atomic
+from ..files import write_atomic
 from .cases import Dataset
 
 

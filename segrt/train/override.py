@@ -7,9 +7,10 @@ from typing import Any
 
 from ..errors import SpecError
 from ..spec import ModelSpec, UNetSpec, VNetSpec, parse_spec
+from .augment import Augment
 from .config import TrainConfig
 from .configuration import Configuration, Plan
-from .cross_entropy import check_class_weights
+from .losses import SupervisedLoss, build_loss
 
 
 def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = None) -> Configuration:
@@ -18,14 +19,14 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
     Raises
     ------
     SpecError
-        When the plan has no such configuration, its network cannot train on that patch, or it has not as many classes as there are weights.
+        When the plan has no such configuration, its network cannot train on that patch, or its labels or dimensions do not go with the loss,
+        the class weights or the augmentation.
     """
     name = name or config.configuration
     if name not in plan.configurations:
         raise SpecError(f"configuration: expected one the plan has ({', '.join(plan.configurations)}), got {name!r}")
     planned = plan.configurations[name]
     changes: dict[str, Any] = {"spec": _spec(planned.spec, config)}
-    check_class_weights(config.class_weights, planned.spec, config.loss)
     if config.batch_size:
         changes["batch_size"] = config.batch_size
     if not config.deep_supervision:
@@ -36,7 +37,23 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
         changes["flips"] = ()
     chosen = planned.model_copy(update=changes)
     _check_coarsest(chosen)
+    choose_loss(chosen, config)
+    Augment(chosen.spec, config.augment)
     return chosen
+
+
+def choose_loss(configuration: Configuration, config: TrainConfig, *, distributed: bool = False) -> SupervisedLoss:
+    """Give the loss a configuration is trained with; see `build_loss` for what it raises."""
+    return build_loss(
+        configuration.spec,
+        kind=config.loss,
+        batch_dice=configuration.batch_dice,
+        deep_supervision=configuration.deep_supervision,
+        distributed=distributed,
+        coefficients=config.coefficients,
+        class_weights=config.class_weights,
+        dice_activation=config.dice_activation,
+    )
 
 
 def _spec(spec: ModelSpec, config: TrainConfig) -> ModelSpec:

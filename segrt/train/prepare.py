@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..arrays import Array, FloatArray, ProgressFn, cpu_threads
-from ..bundle import sha256, staged_folder
 from ..errors import InputError
+from ..files import sha256, staged_folder
 from ..io import read_labels
 from ..io.peek import find_labels
 from ..memory import available_bytes

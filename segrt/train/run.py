@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, check_replaceable, write_atomic
+from ..bundle import Bundle, check_replaceable
+from ..files import write_atomic
 from .cases import Dataset
 from .config import TrainConfig
 from .configuration import Plan

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..bundle import write_atomic
 from ..errors import BackendError, InputError
+from ..files import write_atomic
 from .cache import Prepared
 from .check import CheckReport, check_dataset
 from .configuration import Configuration, Plan, load_plan

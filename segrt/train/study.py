@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..bundle import write_atomic
 from ..errors import InputError, SpecError
+from ..files import write_atomic
 from ..report.curves import write_comparison
 from ..report.tables import write_panels, write_rows
 from .config import TrainConfig

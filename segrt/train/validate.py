@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..arrays import ProgressFn
-from ..bundle import Bundle, write_atomic
+from ..bundle import Bundle
 from ..engines import Precision
 from ..errors import InputError
+from ..files import write_atomic
 from ..io import write_labels
 from ..io.peek import find_labels
 from ..metrics import Overlap, overlaps

@@ -15,8 +15,9 @@ import pytest
 import torch
 from train_jobs import write_dataset
 
-from segrt.bundle import Bundle, sha256
+from segrt.bundle import Bundle
 from segrt.errors import InputError, SpecError
+from segrt.files import sha256
 from segrt.report.curves import read_rows
 from segrt.train.run import train_model
 from segrt.train.study import run_study

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from train_jobs import write_dataset
 
-from segrt.bundle import Bundle, sha256
+from segrt.bundle import Bundle
+from segrt.files import sha256
 from segrt.io import read_labels
 from segrt.metrics import dice
 from segrt.train.validate import load_summary

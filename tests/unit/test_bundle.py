@@ -12,8 +12,9 @@ import pytest
 from factories import make_bundle, make_spec
 from safetensors.numpy import load_file
 
-from segrt.bundle import Bundle, sha256, staged_folder, write_atomic
+from segrt.bundle import Bundle
 from segrt.errors import InputError, SpecError
+from segrt.files import sha256, staged_folder, write_atomic
 from segrt.spec import PreviousStage
 
 

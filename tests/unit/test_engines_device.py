@@ -21,7 +21,7 @@ import torch
 from factories import UNET_2D, UNET_3D, unet_bundle
 
 from segrt.arrays import FloatArray, require
-from segrt.bundle import Bundle, sha256
+from segrt.bundle import Bundle
 from segrt.device import Simulated, to_device, to_host
 from segrt.engines import _finds_gpu, open_engine, resolve_device, rtx
 from segrt.engines.batches import gpu_batch, in_batches
@@ -31,6 +31,7 @@ from segrt.errors import BackendError, InputError
 from segrt.export.engine import build_engine
 from segrt.export.onnx import export_onnx
 from segrt.export.typed import typed_onnx, write_typed
+from segrt.files import sha256
 from segrt.networks import build
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -253,9 +253,9 @@ def test_a_members_name_may_not_look_like_a_levels_file() -> None:
 
 def test_a_plan_of_another_level_is_not_taken(tmp_path: Path, bundle: Bundle) -> None:
     machine = Machine("H200", "9.0", "13.0", "11.4.0")
-    from segrt.bundle import sha256
     from segrt.engines.trt_plan import engine_key as plan_key
     from segrt.engines.trt_plan import make_record
+    from segrt.files import sha256
 
     for name, batch in ((None, 4), ("L1", 8)):
         chosen = bundle.at_level(name) if name else bundle

@@ -69,7 +69,7 @@ def test_patterns_that_find_nobody(pattern: str) -> None:
 @pytest.mark.parametrize("how", ["kfold", "shuffled:0.7", "sorted:0.7"])
 def test_no_patient_is_on_both_sides(how: str) -> None:
     patients = match_patients(LGG, "(.+)_")
-    for fold in ("0", "1", "4", "7") if how == "kfold" else ("0",):
+    for fold in ("0", "1", "4") if how == "kfold" else ("0",):
         split = choose_split(LGG, how, fold, patients)
         assert set(split.train) | set(split.validation) == set(LGG)
         assert not {patients[n] for n in split.train} & {patients[n] for n in split.validation}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from factories import make_bundle, make_spec, unet_bundle
 
-from segrt.bundle import Bundle, sha256
+from segrt.bundle import Bundle
 from segrt.device import compute_on, open_stream, to_device, to_host, use_device
 from segrt.engines import open_engine
 from segrt.engines.compiled import check_window
@@ -22,6 +22,7 @@ from segrt.engines.trt_plan import Machine, engine_key, find_plan, make_record, 
 from segrt.errors import BackendError
 from segrt.export.engine import build_engine
 from segrt.export.tensorrt import TensorRTOptions
+from segrt.files import sha256
 
 H200 = Machine(gpu="NVIDIA H200", capability="9.0", driver="13.0", tensorrt="11.4.0.106")
 A100 = replace(H200, gpu="NVIDIA A100-SXM4-80GB", capability="8.0")

@@ -12,13 +12,14 @@ import pytest
 from factories import UNET_3D, CountingEngine, make_bundle, make_spec, nearest, unet_bundle, write_case
 
 from segrt.arrays import FloatArray
-from segrt.bundle import Bundle, sha256
+from segrt.bundle import Bundle
 from segrt.engines import open_engine
 from segrt.engines.openvino import engine_key
 from segrt.errors import BackendError, BuildError
 from segrt.export.build import build_model
 from segrt.export.engine import build_engine
 from segrt.export.verify import can_run_reference, compare, sample_windows, stored_reference, verify
+from segrt.files import sha256
 from segrt.spec import (
     Channel,
     CTNorm,

@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...bundle import Bundle, check_replaceable, staged_folder
+from ...bundle import Bundle, check_replaceable
 from ...errors import InputError
+from ...files import staged_folder
 from ...pair import check_pair
 from ...spec import KeepLargest
 

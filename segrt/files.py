@@ -1,0 +1,62 @@
+"""Files and folders that appear whole or not at all, and what tells whether one was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, content: str | bytes) -> Path:
+    """Write a file under a temporary name in its folder, then rename it; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path, "part")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = _beside(target, "part")
+    folder.mkdir()
+    try:
+        yield folder
+        if target.exists():
+            old = _beside(target, "old")
+            target.replace(old)
+            try:
+                folder.replace(target)
+            except BaseException:
+                old.replace(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            folder.replace(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """A hidden name in the same folder that nothing has yet.
+
+    Not through `tempfile`, whose files only their owner may read: what is made under this name gets the permissions of any other file.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
