@@ -19,8 +19,8 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
     Raises
     ------
     SpecError
-        When the plan has no such configuration, its network cannot train on that patch, or its labels or dimensions do not go with the loss,
-        the class weights or the augmentation.
+        When the plan has no such configuration, its network cannot train on that patch, or its labels or dimensions do not go with the
+        loss, the class weights or the augmentation.
     """
     name = name or config.configuration
     if name not in plan.configurations:
@@ -37,6 +37,7 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
         changes["flips"] = ()
     chosen = planned.model_copy(update=changes)
     _check_coarsest(chosen)
+    # what cannot be made of it is said before cases are prepared
     choose_loss(chosen, config)
     Augment(chosen.spec, config.augment)
     return chosen

@@ -52,7 +52,7 @@ def train_model(
     work : folder for prepared cases, checkpoints and records; by default `output` with .train at its end
     shared : folder for prepared cases and what was read of the dataset, where several trainings have that in common; by default `work`
     plan : a plan.json to train by instead of planning
-    plan_only : stop when the plan is written
+    plan_only : stop when the plan is written and what would be trained by it was checked
     prepare_only : stop when the cases are prepared
     candidates : configurations of which the best becomes the bundle, all of the plan's when empty; without it, the config's own is trained
     pairs : every pair of the candidates is one too, see `segrt.train.pairs`
@@ -73,7 +73,7 @@ def train_model(
     if not (plan_only or prepare_only):
         check_replaceable(target, force=force)
     dataset = source if isinstance(source, Dataset) else open_dataset(source, **(dataset_options or {}))
-    for fold in () if plan_only else config.folds:
+    for fold in config.folds:
         split_of(dataset, config, fold)  # what cannot be split is said before anything is read
     device = choose_device(config.device)
     if config.precision == "auto":
@@ -88,11 +88,11 @@ def train_model(
     fingerprint = in_turn(lambda: measure_once(place))
     chosen = in_turn(lambda: plan_once(place, fingerprint, plan))
     place.show.stage(f"plan: {place.folder / 'plan.json'} ({', '.join(chosen.configurations)})")
-    if plan_only:
-        return None
     names = name_candidates(config.configuration, candidates, chosen.configurations, pairs=pairs)
     singles = tuple(dict.fromkeys(part for name in names for part in split_pair(name)))
     stages = {name: _stages(chosen, place, name) for name in singles}
+    if plan_only:
+        return None
     if prepare_only:
         for (first, _), *_ in stages.values():  # what a cascade's second stage is prepared with, its first has to predict
             prepare_cases(place, choose_configuration(chosen, config, first), first)

@@ -72,28 +72,24 @@ def choose_split(names: Sequence[str], how: str, fold: str, patients: Patients |
     ----------
     names : of the cases; their order does not matter
     how : "kfold", "shuffled:SHARE", "sorted:SHARE", or the path of a JSON file; see `TrainConfig.split`
-    fold : "0", "1", ... or "all", which trains on every case and validates on them too. A number beyond the folds of `how` gives nnU-Net's
-        seeded random 80:20 split
+    fold : "0", "1", ... or "all", which trains on every case and validates on them too. (nnU-Net makes a random 80:20 split of a number
+        beyond its five folds; here that is refused, for more often it is a slip.)
     patients : case -> patient; all cases of one are then on one side, and folds and shares count patients. A file says what it says
 
     Raises
     ------
     InputError
-        When a split cannot be made of so few cases, or a file's split names an unknown case or one on both sides.
+        When a split cannot be made of so few cases or has no such fold, or a file's split names an unknown case or one on both sides.
     """
     ordered = tuple(sorted(names))
     if fold == "all":
         return Split(ordered, ordered)
-    if not fold.isdigit():
+    if not (fold.isascii() and fold.isdigit() and fold == str(int(fold))):
         raise InputError(f"fold: expected a number or all, got {fold!r}")
     splits = make_splits(ordered, how, patients)
-    if int(fold) < len(splits):
-        return splits[int(fold)]
-    if how != "kfold":
-        raise InputError(f"fold {fold}: split {how!r} has {_folds(len(splits))}")
-    if patients is not None:
-        return _of_cases(_random_split(_units(patients), int(fold)), patients)
-    return _random_split(ordered, int(fold))
+    if int(fold) >= len(splits):
+        raise InputError(f"fold {fold}: split {how!r} has {_folds(len(splits))}; choose of these, or all")
+    return splits[int(fold)]
 
 
 def make_splits(names: Sequence[str], how: str, patients: Patients | None = None) -> tuple[Split, ...]:
@@ -143,13 +139,6 @@ def _split(names: Sequence[str], validation: Sequence[int] | np.ndarray) -> Spli
         tuple(name for i, name in enumerate(names) if i not in held),
         tuple(name for i, name in enumerate(names) if i in held),
     )
-
-
-def _random_split(names: Sequence[str], fold: int) -> Split:
-    """nnU-Net's answer to a fold number beyond its five."""
-    generator = np.random.RandomState(seed=SEED + fold)
-    train = {int(i) for i in generator.choice(len(names), int(len(names) * 0.8), replace=False)}
-    return _check(_split(names, [i for i in range(len(names)) if i not in train]))
 
 
 def _by_share(names: Sequence[str], share: str, *, shuffled: bool) -> Split:

@@ -68,7 +68,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--fold", "0,3"], "folds", ["0", "3"]),
     (["-f", "all"], "folds", ["all"]),
     (["--split", "sorted:0.8"], "split", "sorted:0.8"),
-    (["--patients", "(.+)_"], "patients", "(.+)_"),
+    (["--patients", "(.+)"], "patients", "(.+)"),
     (["--planner", "resenc_m"], "planner", "resenc_m"),
     (["--planner", "v1"], "planner", "v1"),
     (["--memory-gb", "6"], "memory_gb", 6),
@@ -145,6 +145,28 @@ def test_each_flag_reaches_the_configuration(run: Run, data: Path, work: Path, f
     assert json.loads((work / "config.json").read_text())[field] == value
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--fold", "7"], "fold 7: split 'kfold' has folds 0 to 4; choose of these, or all"),
+        (["--fold", "first"], "fold: expected a number or all, got 'first'"),
+        (["--split", "sorted:0.6", "--fold", "1"], "fold 1: split 'sorted:0.6' has one fold, 0"),
+        (["--split", "nowhere.json"], "split: 'nowhere.json' is neither"),
+        (["--patients", "(.+)_"], "1 patients cannot be split into 5 folds"),
+        (["--config", "3d_lowres"], "configuration: expected one the plan has (2d, 3d_fullres), got '3d_lowres'"),
+        (["--config", "2d+3d_lowres"], "configuration: expected one the plan has (2d, 3d_fullres), got '3d_lowres'"),
+        (["--find-best", "--config", "2d,3d_lowres"], "configuration: expected one the plan has (2d, 3d_fullres), got '3d_lowres'"),
+        (["--class-weights", "1,2"], "class_weights: expected one number for each of the 3 classes (background first)"),
+        (["--class-weights", "batch"], "class_weights: 'batch' belongs to loss 'mixed'"),
+        (["--loss", "bce"], "loss: 'bce' needs one logit per structure"),
+        (["--augmentation", "article", "--config", "2d"], "augmentation: 'article' turns volumes"),
+        (["--patch", "9,16,16"], "its side is a multiple of"),
+    ],
+)
+def test_a_plan_alone_is_refused_what_its_training_would_be(run: Run, data: Path, work: Path, flags: list[str], sentence: str) -> None:
+    assert sentence in refusal(run(data, "--plan-only", "--work", work, "--workers", "0", *flags))
+
+
 def test_the_plan_alone(run: Run, data: Path) -> None:
     answer = run(data, "-o", "balls", "--plan-only", "--workers", "0")
     assert answer.code == 0
@@ -170,7 +192,7 @@ def test_what_a_dataset_does_not_say(run: Run, data: Path, tmp_path: Path) -> No
         (folder / "scans").mkdir(parents=True, exist_ok=True)
         shutil.copy(data / "imagesTr" / f"ball_{case:03d}_0000.nii.gz", folder / "scans" / f"s{case}_image.nii.gz")
         shutil.copy(data / "labelsTr" / f"ball_{case:03d}.nii.gz", folder / "scans" / f"s{case}_truth.nii.gz")
-    suffixes = ["--image-suffix", "_image", "--label-suffix", "_truth", "--channels", "CT"]
+    suffixes = ["--image-suffix", "_image", "--label-suffix", "_truth", "--channels", "CT", "--fold", "all"]
     assert run(folder, "--plan-only", "--work", "w", "--workers", "0", *suffixes).code == 0
     spec = json.loads(Path("w/plan.json").read_text())["configurations"]["3d_fullres"]["spec"]
     assert [(c["name"], c["normalization"]["kind"]) for c in spec["channels"]] == [("CT", "ct")]

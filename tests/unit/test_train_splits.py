@@ -41,12 +41,12 @@ def test_order_of_the_names_does_not_matter() -> None:
         assert make_splits(NAMES, how) == make_splits(NAMES[::-1], how)
 
 
-def test_a_fold_beyond_the_five_is_nnunets_random_80_20() -> None:
-    generator = np.random.RandomState(12345 + 7)
-    train = generator.choice(12, int(12 * 0.8), replace=False)
-    split = choose_split(NAMES, "kfold", "7")
-    assert set(split.train) == {NAMES[i] for i in train}
-    assert set(split.train) | set(split.validation) == set(NAMES)
+def test_a_fold_beyond_those_there_are_is_refused() -> None:
+    """nnU-Net makes a random split of such a number without a word."""
+    with pytest.raises(InputError, match=r"^fold 7: split 'kfold' has folds 0 to 4; choose of these, or all$"):
+        choose_split(NAMES, "kfold", "7")
+    with pytest.raises(InputError, match="has folds 0 to 4"):
+        choose_split(NAMES, "kfold", "5", dict(zip(NAMES, NAMES, strict=True)))
 
 
 def test_all_trains_and_validates_on_every_case() -> None:
@@ -97,6 +97,8 @@ def test_bad_split_files(tmp_path: Path, folds: object, sentence: str) -> None:
     ("how", "fold", "sentence"),
     [
         ("kfold", "first", "expected a number or all"),
+        ("kfold", "00", "expected a number or all"),
+        ("kfold", "²", "expected a number or all"),
         ("sorted:1.5", "0", "expected a share"),
         ("sorted:half", "0", "expected a share"),
         ("sorted:0.01", "0", "leave none for training"),
