@@ -39,6 +39,22 @@ class Network(BaseModel):
     stage: Annotated[str, Field(pattern=r"^((previous|partner)(/(previous|partner))*)?$")] = ""
     level: str | None = None
 
+    def bundle_in(self, served: Bundle) -> Bundle:
+        """Give the bundle, at the level, whose member this network is.
+
+        Raises
+        ------
+        InputError
+            When the served bundle has no such stage.
+        """
+        bundle = served
+        for folder in self.stage.split("/") if self.stage else ():
+            other = bundle.previous if folder == "previous" else bundle.partner
+            if other is None:
+                raise InputError(f"{bundle.path} has no {folder} bundle, which model {self.model!r} is to run; write the repository again")
+            bundle = other
+        return bundle if self.level is None else bundle.at_level(self.level)
+
 
 def networks_of(name: str, bundle: Bundle) -> tuple[Network, ...]:
     """Give every network that predicting with a bundle may run, and what its model is called: name_patch for most bundles.
