@@ -1,0 +1,1 @@
+"""Starting a server, what runs inside it, and the client that asks it."""
