@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,8 @@ from .volume import Grid, Placement, Segmentation, Volume
 from .windows import Accumulate, plan_windows
 
 Previous: TypeAlias = str | Path | Array
+# engines to use instead of a bundle's own
+Engines: TypeAlias = Sequence[Engine] | Callable[[Bundle, str], Engine]
 _Worked: TypeAlias = tuple[FloatArray, Placement]
 
 
@@ -54,7 +56,8 @@ class Predictor:
     accumulate : "float32", or "float16" to repeat nnU-Net's rounding bit by bit
     threads : CPU threads, 0 for all
     previous_stage : open the bundle of a cascade's first stage too; without it every call needs `previous`
-    engines : engines to use instead of the bundle's own (one per fold, then those of a pair's partner)
+    engines : engines to use instead of the bundle's own (one per fold, then those of a pair's partner), or a function that gives one for a
+        bundle and a member; it is asked for those of a first stage and of a partner too
 
     Raises
     ------
@@ -86,7 +89,7 @@ class Predictor:
         accumulate: Accumulate = "float32",
         threads: int = 0,
         previous_stage: bool = True,
-        engines: Sequence[Engine] | None = None,
+        engines: Engines | None = None,
     ) -> None:
         options = Options(backend, precision, device, step, tta, accumulate, threads)
         self.bundle = choose_level(model if isinstance(model, Bundle) else Bundle.open(model), level, backend)
@@ -94,9 +97,7 @@ class Predictor:
         self.members = choose_members(self.bundle, folds)
         self.step, self.accumulate, self.threads = step, accumulate, threads
         self.steps = self.spec.postprocess if postprocess else ()
-        own, others = list(engines or ()), list[Engine]()
-        if self.bundle.partner:
-            own, others = own[: len(self.members)], own[len(self.members) :]
+        own, others = self._given(engines)
         opened = own or open_engines(self.bundle, self.members, options)
         self.device = opened[0].device
         if accumulate == "float16" and self.device != "cpu":
@@ -110,7 +111,7 @@ class Predictor:
         self.previous: Predictor | None = None
         if self.spec.previous and previous_stage and self.bundle.previous:
             # the second stage was trained on the first one's raw labels: no post-processing in between
-            self.previous = Predictor(self.bundle.previous, postprocess=False, **how)
+            self.previous = Predictor(self.bundle.previous, postprocess=False, engines=others if callable(others) else None, **how)
         self.partner: Predictor | None = None
         if self.bundle.partner:
             how |= {"folds": folds, "previous_stage": previous_stage, "engines": others}
@@ -224,6 +225,13 @@ class Predictor:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _given(self, engines: Engines | None) -> tuple[list[Engine], Engines]:
+        """Engines of this model, and where those of the models beside it come from."""
+        if callable(engines):
+            return [engines(self.bundle, member) for member in self.members], engines
+        given = list(engines or ())
+        return (given[: len(self.members)], given[len(self.members) :]) if self.bundle.partner else (given, [])
 
     @property
     def _models(self) -> tuple[Predictor, ...]:
