@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
-from typing import Any
 
 import numpy as np
 
 from .arrays import Array, FloatArray
 from .device import get_xp, to_device, to_host
-from .engines import Engine
 from .errors import InputError
-from .infer import infer
+from .opened import OpenModel, Worked
 from .postprocess import postprocess
 from .preprocess import preprocess
 from .restore import restore
@@ -22,8 +20,6 @@ from .volume import Grid, Placement, Volume
 
 # what pictures have, see `segrt.io`: slices a volume's neighbours would be far away from
 _THICK = 999.0
-
-_Prepared = tuple[FloatArray, Placement]
 
 
 def check_stream(spec: ModelSpec, *, pair: bool) -> None:
@@ -58,27 +54,23 @@ def in_groups(frames: Iterable[Array], count: int, spec: ModelSpec, spacing: tup
         yield group
 
 
-def segment(
-    group: Sequence[Volume], engines: Sequence[Engine], spec: ModelSpec, steps: Sequence[PostprocessStep], *, device: str, **how: Any
-) -> list[Array]:
+def segment(group: Sequence[Volume], model: OpenModel, steps: Sequence[PostprocessStep]) -> list[Array]:
     """Labels (Y, X), on the host, of some frames whose windows share the engines' batches.
 
     Parameters
     ----------
     steps : post-processing
-    device : of the engines
-    how : further arguments of `infer`
     """
-    labels = list[Array]()
-    for data, places in _stacks([preprocess(replace(v, data=to_device(v.data, device)), spec) for v in group]):
-        logits = infer(data, engines, spec, **how).whole()
+    labels, spec = list[Array](), model.spec
+    for data, places in _stacks([preprocess(replace(v, data=to_device(v.data, model.device)), spec) for v in group]):
+        logits = model.run(data).whole()
         for place, placement in places:
             found = restore(logits[:, place], placement, spec)
             labels.append(to_host(postprocess(found, steps, voxel_mm3=placement.grid.voxel_mm3))[0])
     return labels
 
 
-def _stacks(prepared: Sequence[_Prepared]) -> Iterator[tuple[FloatArray, list[tuple[slice, Placement]]]]:
+def _stacks(prepared: Sequence[Worked]) -> Iterator[tuple[FloatArray, list[tuple[slice, Placement]]]]:
     """Yield working arrays of equal shape that follow each other as one, with the slices and the placement of each."""
     for shape, group in groupby(prepared, key=lambda one: one[0].shape):
         alike = list(group)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from .arrays import Array, FloatArray, ProgressFn, cpu_threads
+from .arrays import Array, ProgressFn, cpu_threads
 from .assemble import Flow, assemble
 from .bundle import Bundle
 from .clock import Clock
@@ -18,22 +18,19 @@ from .engines import Backend, Engine, Precision
 from .engines.compose import Mirrored
 from .errors import BackendError, InputError
 from .frames import check_stream, in_groups, segment
-from .infer import Inferred, infer, share_progress
 from .io import read_volume
 from .io.read import Source, read_previous
-from .memory import engine_bytes
+from .opened import OpenModel, run_models
 from .opening import Options, choose_level, choose_members, open_engines
 from .postprocess import postprocess
 from .preprocess import preprocess
-from .slabs import Load, plan_host
 from .spec import ModelSpec
-from .volume import Grid, Placement, Segmentation, Volume
-from .windows import Accumulate, plan_windows
+from .volume import Grid, Segmentation, Volume
+from .windows import Accumulate
 
 Previous: TypeAlias = str | Path | Array
 # engines to use instead of a bundle's own
 Engines: TypeAlias = Sequence[Engine] | Callable[[Bundle, str], Engine]
-_Worked: TypeAlias = tuple[FloatArray, Placement]
 
 
 class Predictor:
@@ -141,7 +138,7 @@ class Predictor:
             When the image cannot be read or does not fit the model.
         """
         clock = Clock(self._stream)
-        models = self._models
+        models = self._opened
         with cpu_threads(self.threads), compute_on(self.device, self._stream):
             with clock("read"):
                 volume = read_volume(image, [channel.name for channel in self.spec.channels])
@@ -151,7 +148,8 @@ class Predictor:
                 image_there = self._uploaded(volume)
                 worked = [preprocess(image_there, model.spec, previous=stage) for model, stage in zip(models, stages, strict=True)]
                 del image_there
-            inferred = self._infer(worked, volume, probabilities, progress)
+            free = None if self._stream is None else free_bytes(self.device) + sum(data.nbytes for data, _ in worked)
+            inferred = run_models(models, worked, volume.data.itemsize, free=free, probabilities=probabilities, progress=progress)
             with clock("restore"):
                 flows = [
                     Flow(clock.each("network", logits), placement, model.spec)
@@ -183,12 +181,11 @@ class Predictor:
         """
         check_stream(self.spec, pair=self.partner is not None)
         self._check_open()
-        count = max(engine.batch for engine in self.engines) if batch is None else batch
-        how: dict[str, Any] = {"step": self.step, "accumulate": self.accumulate, "mirror_axes": self.mirror_axes}
-        for group in in_groups(frames, count, self.spec, spacing):
+        model = self._opened[0]
+        for group in in_groups(frames, model.batch if batch is None else batch, self.spec, spacing):
             self._check_open()
             with cpu_threads(self.threads), compute_on(self.device, self._stream):
-                labels = segment(group, self.engines, self.spec, self.steps, device=self.device, **how)
+                labels = segment(group, model, self.steps)
             yield from labels
 
     @property
@@ -209,7 +206,7 @@ class Predictor:
 
     def device_plan(self, grid: Grid, itemsize: int, free: int, *, probabilities: bool = False) -> DevicePlan:
         """What an image of `grid`, with `itemsize` bytes a voxel, allocates on a GPU with `free` bytes; see `plan_device`."""
-        return plan_device([model._load for model in self._models], grid, itemsize, free=free, probabilities=probabilities)
+        return plan_device([model.load for model in self._opened], grid, itemsize, free=free, probabilities=probabilities)
 
     def close(self) -> None:
         """Release the engines."""
@@ -239,10 +236,9 @@ class Predictor:
         return (self,) if self.partner is None else (self, self.partner)
 
     @property
-    def _load(self) -> Load:
-        # one runs at a time; what nobody measured is estimated for 16-bit activations
-        held = max(engine.held_bytes or engine.batch * engine_bytes(self.spec, 1) // 2 for engine in self.engines)
-        return Load(self.spec, max(engine.batch for engine in self.engines), held, self.step, 2 ** len(self.mirror_axes))
+    def _opened(self) -> list[OpenModel]:
+        self._check_open()
+        return [OpenModel(m.spec, tuple(m.engines), m.step, m.accumulate, m.mirror_axes) for m in self._models]
 
     def _check_open(self) -> None:
         if not self.engines:
@@ -250,32 +246,9 @@ class Predictor:
 
     def _uploaded(self, volume: Volume) -> Volume:
         """The volume where the engines work, once it is known to fit there."""
-        self._check_open()
         if self._stream is not None:
             self.device_plan(volume.grid, volume.data.itemsize, free_bytes(self.device))
         return replace(volume, data=to_device(volume.data, self.device))
-
-    def _infer(self, worked: Sequence[_Worked], volume: Volume, probabilities: bool, progress: ProgressFn | None) -> list[Inferred]:
-        """Each model's window loop, which runs when its logits are asked for."""
-        models, starts = self._models, self._starts(worked, volume, probabilities)
-        totals = [
-            len(plan_windows(placement.shape, model.spec.inference, step=self.step)) * len(model.engines)
-            for model, (_, placement) in zip(models, worked, strict=True)
-        ]
-        how: dict[str, Any] = {"step": self.step, "accumulate": self.accumulate}
-        return [
-            infer(data, model.engines, model.spec, mirror_axes=model.mirror_axes, starts_per_slab=count, progress=tell, **how)
-            for model, (data, _), count, tell in zip(models, worked, starts, share_progress(progress, totals), strict=True)
-        ]
-
-    def _starts(self, worked: Sequence[_Worked], volume: Volume, probabilities: bool) -> Sequence[int | None]:
-        """How much of its logits each model holds at a time; None for all."""
-        if self._stream is not None:
-            free = free_bytes(self.device) + sum(data.nbytes for data, _ in worked)
-            return self.device_plan(volume.grid, volume.data.itemsize, free, probabilities=probabilities).starts
-        if self.accumulate == "float16" or (probabilities and len(worked) == 1):
-            return [None] * len(worked)
-        return plan_host([model._load for model in self._models], [placement for _, placement in worked])
 
     def _first_stages(self, volume: Volume, previous: Previous | None) -> list[Array | None]:
         """Labels of a cascade's first stage on the image's grid: given, or predicted here; None for models that need none."""

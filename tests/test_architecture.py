@@ -20,11 +20,12 @@ PACKAGE = ROOT / "segrt"
 
 # Imports point only downwards; parts on one row do not know each other.
 LAYERS = {
-    12: ("cli",),
-    11: ("train", "export", "evaluate", "serving"),
-    10: ("pipeline", "report", "repository"),
-    9: ("predictor", "protocol"),
-    8: ("frames",),
+    13: ("cli",),
+    12: ("train", "export", "evaluate", "serving"),
+    11: ("pipeline", "report", "repository"),
+    10: ("predictor", "protocol"),
+    9: ("frames",),
+    8: ("opened",),
     7: ("infer", "opening", "memory", "device_plan"),
     6: ("engines", "assemble", "slabs"),
     5: ("io", "bundle", "preprocess", "windows", "restore", "postprocess", "networks", "metrics", "phantom"),
