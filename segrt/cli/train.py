@@ -55,7 +55,9 @@ def train(
     find_best: Annotated[
         bool, typer.Option("--find-best", help="Train every configuration, or those of --config; keep the best, or the best pair.")
     ] = False,
-    pairs: Annotated[bool, typer.Option("--pairs/--no-pairs", help="With --find-best, whether pairs are tried.")] = True,
+    pairs: Annotated[
+        bool | None, typer.Option("--pairs/--no-pairs", help="With --find-best, whether pairs are tried; they are.", show_default=False)
+    ] = None,
     planner: Annotated[str | None, typer.Option(help="default, resenc_m, resenc_l, resenc_xl, or v1: nnU-Net 1's.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="GPU memory to plan for.")] = None,
     iters: Annotated[int | None, typer.Option(help="Iterations.")] = None,
@@ -218,8 +220,10 @@ def train(
         "mask_threshold": mask_threshold,
     }
     from ..train.run import train_model
+    from ..train.unread import refuse_unread
 
     source, config, reports = describe_training(dataset, from_medicalseg, medicalseg_root, options, {"model": model, **changes})
+    refuse_unread(config, {**changes, "plan": plan, "find_best": find_best or None, "pairs": pairs})
     if plan_only and is_first(os.environ):
         for text in reports.values():
             typer.echo(text)
@@ -235,7 +239,7 @@ def train(
             plan=plan,
             plan_only=plan_only,
             candidates=candidates if find_best else None,
-            pairs=pairs,
+            pairs=pairs is not False,
             force=force,
             dataset_options=options,
             reports=reports,

@@ -187,7 +187,9 @@ class TrainConfig(Part):
     @property
     def augment(self) -> Literal["nnunet", "none"] | Transforms:
         """The augmentation with its numbers."""
-        return self.transforms if self.augmentation == "article" else self.augmentation
+        if self.augmentation != "article":
+            return self.augmentation
+        return self.transforms if self.mirroring else self.transforms.model_copy(update={"flip": 0.0})
 
     @property
     def epochs(self) -> int:

@@ -71,6 +71,10 @@ def open_dataset(
         name = name or (root.resolve().parent.name if root.name in IMAGES else None)
     if channels is None:
         channels = declared.channels if declared else _channel_names(found.cases[0])
+    if mask_threshold is not None and labels is None and declared and len(declared.labels) > 2:
+        raise InputError(
+            f"mask_threshold: grey masks hold one structure, {folder} has {', '.join(declared.labels)}; leave the threshold out"
+        )
     mask = None if mask_threshold is None else grey_mask(mask_threshold, found.cases[0], labels)
     if mask is not None:
         declared = _given(labels or {"foreground": mask.value}, ())
@@ -185,6 +189,8 @@ def _find(root: Path, image_suffixes: str | Sequence[str] | None, label_suffix: 
     """The cases, what a dataset.json says, and the dataset's folder."""
     if not root.exists():
         raise InputError(f"{root} does not exist; give a folder of training images")
+    if root.is_file() and (label_suffix is not None or image_suffixes is not None):
+        raise InputError(f"{root} names its images and label maps itself; leave image_suffix and label_suffix out, or give the folder")
     if root.name == "dataset.json":
         root = root.parent
     if root.is_file():

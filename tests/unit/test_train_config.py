@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from segrt.errors import SpecError
-from segrt.train.config import FREE, TrainConfig, load_config, make_config
+from segrt.train.config import FREE, TrainConfig, Transforms, load_config, make_config
 
 
 def test_nnunets_recipe() -> None:
@@ -33,6 +33,11 @@ def test_the_articles_recipe() -> None:
 
 def test_changes_that_are_none_leave_the_recipe() -> None:
     assert make_config("vnet", lr=None, optimizer="adamw") == make_config("vnet", optimizer="adamw")
+
+
+def test_without_mirroring_the_article_flips_nothing_either() -> None:
+    assert make_config("vnet").augment == Transforms()
+    assert make_config("vnet", mirroring=False).augment == Transforms(flip=0)
 
 
 def test_a_short_training_changes_its_rate_every_iteration() -> None:

@@ -90,6 +90,19 @@ def npy_lists(folder: Path) -> Path:
 
 
 # ------------------------------------------------------------------ layouts
+def test_what_a_dataset_says_itself_is_not_asked_for(tmp_path: Path) -> None:
+    folder = npy_lists(tmp_path / "lists")
+    with pytest.raises(
+        InputError, match=r"train_list\.txt names its images and label maps itself; leave image_suffix and label_suffix out"
+    ):
+        open_dataset(folder / "train_list.txt", image_suffix="_image")
+    folder = nnunet_raw(tmp_path / "raw")
+    with pytest.raises(InputError, match=r"dataset\.json names its images and label maps itself"):
+        open_dataset(folder / "dataset.json", label_suffix="_truth")
+    with pytest.raises(InputError, match=r"grey masks hold one structure, .*raw has background, liver, spleen; leave the threshold out"):
+        open_dataset(folder, mask_threshold=0)
+
+
 def test_nnunet_raw_folders(tmp_path: Path) -> None:
     folder = nnunet_raw(tmp_path / "Dataset001_Belly", channels=2)
     write_case(folder / "imagesTs" / "z_0000.nii.gz", image())
