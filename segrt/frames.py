@@ -45,12 +45,22 @@ def in_groups(frames: Iterable[Array], count: int, spec: ModelSpec, spacing: tup
     Raises
     ------
     InputError
-        When `count` is below 1, or a frame is none of the model's.
+        When `count` is below 1, or a frame is none of the model's; like what the stream itself raises, it comes after the frames before it.
     """
     if count < 1:
         raise InputError(f"batch: expected 1 or more frames, got {count}")
     volumes = (_volume(frame, spec, spacing, f"frame {number}") for number, frame in enumerate(frames))
-    while group := list(islice(volumes, count)):
+    while True:
+        group = list[Volume]()
+        try:
+            for volume in islice(volumes, count):
+                group.append(volume)
+        except Exception:  # a camera's own, which is foreign code
+            if group:
+                yield group
+            raise
+        if not group:
+            return
         yield group
 
 

@@ -177,7 +177,8 @@ class Predictor:
         Raises
         ------
         InputError
-            When a frame does not fit the model, or the model sees volumes, is a cascade's second stage or a pair.
+            When a frame does not fit the model, or the model sees volumes, is a cascade's second stage or a pair. The frames before it, and
+            before any error of the stream's own, get their labels first.
         """
         check_stream(self.spec, pair=self.partner is not None)
         self._check_open()

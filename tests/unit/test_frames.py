@@ -112,6 +112,51 @@ def test_a_frame_that_does_not_fit_is_named(bundle: Bundle, frame: Any, sentence
             next(labels)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_what_a_stream_gave_before_it_broke_is_labelled_first(bundle: Bundle, batch: int) -> None:
+    def camera() -> Iterator[Any]:
+        yield from frames(4, 16, 16)
+        raise OSError("the camera is gone")
+
+    found = []
+    with Predictor(bundle, device="cpu") as predictor:
+        with pytest.raises(OSError, match="the camera is gone"):
+            found.extend(predictor.frames(camera(), batch=batch))
+        with pytest.raises(InputError, match="frame 4: expected real numbers"):
+            found.extend(predictor.frames([*frames(4, 16, 16), np.zeros(3)], batch=batch))
+        wanted = list(predictor.frames(frames(4, 16, 16)))
+    assert len(found) == 8
+    assert all(np.array_equal(one, other) for one, other in zip(found, wanted * 2, strict=True))
+
+
+def test_a_stream_that_is_left_half_way_ends_the_camera(bundle: Bundle) -> None:
+    ended = []
+
+    def camera() -> Iterator[Any]:
+        try:
+            yield from frames(9, 16, 16)
+        finally:
+            ended.append(True)
+
+    with Predictor(bundle, device="cpu") as predictor:
+        labels = predictor.frames(camera(), batch=2)
+        next(labels)
+        labels.close()
+        assert ended == [True]
+        assert len(list(predictor.frames(camera(), batch=2))) == 9
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.uint16, np.float16, np.float64, ">u2", ">f4"])
+def test_frames_of_any_dtype_and_layout(bundle: Bundle, dtype: Any) -> None:
+    (frame,) = frames(1, 40, 34, high=2 if dtype is bool else 3, dtype=dtype)
+    with Predictor(bundle, device="cpu") as predictor:
+        for view in (frame, frame[::2, ::-1], np.asfortranarray(frame), frame.T):
+            before = view.copy()
+            (labels,) = predictor.frames([view])
+            assert np.array_equal(labels, predictor((view[None].astype(np.float32), FLAT)).labels[0])
+            assert np.array_equal(view, before)
+
+
 def test_models_that_see_more_than_a_slice_are_refused(tmp_path: Path) -> None:
     spec = make_spec()
     bundle = make_bundle(tmp_path / "volumes", spec)
