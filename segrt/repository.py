@@ -65,11 +65,16 @@ def networks_of(name: str, bundle: Bundle) -> tuple[Network, ...]:
     return tuple(_networks(name, bundle, ""))
 
 
+def levels_in(bundle: Bundle) -> tuple[Bundle, ...]:
+    """Give the bundle itself, and the levels of a UNet++ that were exported."""
+    levels = (bundle.at_level(level) for level in levels_of(bundle.spec))
+    return (bundle, *(level for level in levels if level.whole is not None and level.is_exported))
+
+
 def _networks(name: str, bundle: Bundle, stage: str) -> Iterator[Network]:
     several = len(bundle.spec.members) > 1
     # only the served bundle itself can be asked for a level
-    levels = [bundle.at_level(level) for level in levels_of(bundle.spec)] if not stage else [bundle]
-    for at_level in [bundle, *(level for level in levels if level.whole is not None and level.is_exported)]:
+    for at_level in (bundle,) if stage else levels_in(bundle):
         for member in bundle.spec.members:
             model = at_level.keyed(f"{name}{PATCH_SUFFIX}" + (f"_{member}" if several else ""))
             yield Network(model=model, member=member, stage=stage, level=at_level.level)

@@ -1,0 +1,247 @@
+"""SERVE: a bundle becomes the models of a Triton repository; what changed becomes a new version of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..engines import Backend, Precision, resolve_device
+from ..errors import InputError, SpecError
+from ..files import sha256, staged_folder, write_atomic
+from ..protocol import BLS_SUFFIX, STREAM_SUFFIX, check_name
+from ..repository import CLASSES, Role, levels_in
+from .pbtxt import Message, to_text
+from .triton_config import Export, patch_config, pipeline_config, warmup_files
+from .triton_native import native_files
+
+# everything that writes these makes a new file, so a second name for them is a copy that takes no room
+_LINKED = (".onnx", ".blob", ".plan", ".safetensors")
+_MODEL = '''"""{what}; what it does is in segrt.serving, which the server's Python has to find."""
+
+from segrt.serving.backend import {name} as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+_WHAT: dict[Role, str] = {
+    "pipeline": "Whole images in, labels out, on engines of its own",
+    "patch": "The bare network: patches in, logits out",
+    "bls": "Whole images in, labels out; the windows of all requests meet in the patch models",
+    "stream": "Whole images in, progress and then labels out; the windows of all requests meet in the patch models",
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a repository holds after an export.
+
+    Attributes
+    ----------
+    repository : its folder
+    version : number that all models of this bundle now have
+    models : their names, that of the whole pipeline first
+    new : whether this version was added; False when the bundle is the one that was there
+    unused : models of earlier versions that this one has no use for
+    """
+
+    repository: Path
+    version: int
+    models: tuple[str, ...]
+    new: bool
+    unused: tuple[str, ...] = ()
+
+
+def write_triton(
+    bundle: Bundle,
+    repository: str | Path,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    backend: Backend = "auto",
+    precision: Precision | None = None,
+    instances: int = 1,
+) -> Written:
+    """Write the models that serve a bundle: <name>, <name>_bls, <name>_stream, and a <name>_patch for each network.
+
+    A repository that serves another bundle under this name gets a new version of each model; one that serves this very bundle gets
+    only what is missing or was changed in it.
+
+    Parameters
+    ----------
+    bundle : a finished bundle; of a pruned UNet++ the whole one, whose levels requests can ask for
+    repository : folder of the model repository; made when it is missing
+    name : of the models; the bundle folder's by default
+    device : where instances live: "cpu", "cuda" (each GPU), "cuda:1", or "auto": GPUs when there is one
+    backend, precision : what the engines are to be, see `Predictor`
+    instances : requests that run at once, each with engines of its own
+
+    Returns
+    -------
+    Written
+
+    Raises
+    ------
+    InputError
+        When the name is no folder's, the repository lies in the bundle, or one of its folders belongs to something else.
+    BackendError
+        When a GPU is asked for that is not there.
+    """
+    root = Path(repository)
+    name = check_name(bundle.path.resolve().name if name is None else name)
+    if instances < 1:
+        raise InputError(f"instances: expected 1 or more, got {instances}")
+    if root.resolve().is_relative_to(bundle.path.resolve()):
+        raise InputError(f"{root} lies in the bundle {bundle.path}; choose a folder outside it")
+    export = Export(name, bundle, {}, None, _served_device(device), backend, precision, instances)
+    models = [name, f"{name}{BLS_SUFFIX}", f"{name}{STREAM_SUFFIX}", *(network.model for network in export.networks)]
+    for model in models:
+        _check_owned(root, model, name)
+    present = _versions(root, models)
+    files = list(bundle_files(bundle, with_weights=export.on_gpu or backend == "pytorch"))
+    newest = present[-1] if present else 0
+    new = not newest or not _holds(root / name / str(newest) / "bundle", bundle, files)
+    version = newest + 1 if new else newest
+    if new:
+        _write_bundle(root / name / str(version), bundle, files)
+    earlier = [number for number in present if number < version]
+    _write_models(_with_history(export, root, version, earlier), root, version)
+    return Written(root, version, tuple(models), new, _unused(root, name, models))
+
+
+def bundle_files(bundle: Bundle, *, with_weights: bool) -> Iterator[Path]:
+    """Give the paths, relative to the bundle's folder, of all that predicting reads: its stages and levels, on any machine's engines.
+
+    Parameters
+    ----------
+    with_weights : also those of members that have an ONNX file, for PyTorch to run
+    """
+    yield Path("model.json")
+    for level in levels_in(bundle):
+        for member in bundle.spec.members:
+            files = level.onnx_path(member), level.onnx_path(f"{member}-fp16")
+            yield from (file.relative_to(bundle.path) for file in files if file.is_file())
+    for member in bundle.spec.members:
+        if bundle.weights_path(member).is_file() and (with_weights or not bundle.onnx_path(member).is_file()):
+            yield bundle.weights_path(member).relative_to(bundle.path)
+    for file in [bundle.path / "onnx" / "build.json", *sorted((bundle.path / "engines").glob("[!.]*/*"))]:
+        if file.is_file():
+            yield file.relative_to(bundle.path)
+    for stage in (bundle.previous, bundle.partner):
+        if stage is not None:
+            yield from (stage.path.relative_to(bundle.path) / file for file in bundle_files(stage, with_weights=with_weights))
+
+
+def _served_device(device: str) -> str:
+    """Where instances live; "cuda" stands for every GPU the server will see."""
+    concrete = resolve_device(device)
+    return "cuda" if concrete.startswith("cuda") and device in ("auto", "cuda") else concrete
+
+
+def _header(name: str) -> str:
+    return f"# written by segrt-build --triton for {name}, which writes it again\n"
+
+
+def _check_owned(root: Path, model: str, name: str) -> None:
+    """Refuse to write into what is not ours: a link that leads elsewhere, or a model that other hands made."""
+    folder, config = root / model, root / model / "config.pbtxt"
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder} is no folder of the repository's own; choose another name with --triton-name")
+    if config.is_file() and not config.read_text(encoding="utf-8", errors="replace").startswith(_header(name)):
+        raise InputError(f"{config} is not of the models that serve {name!r}; choose another name with --triton-name, or remove {folder}")
+    if folder.is_dir() and not config.is_file() and any(not _is_version(path) and path.name not in _OURS for path in folder.iterdir()):
+        raise InputError(f"{folder} holds files that segrt-build did not write; choose another name with --triton-name, or remove it")
+
+
+_OURS = ("native", "warmup")
+
+
+def _is_version(path: Path) -> bool:
+    """A version's folder, or one that an interrupted export left under a hidden name."""
+    return path.is_dir() and (path.name.isdecimal() or path.name.startswith("."))
+
+
+def _versions(root: Path, models: Sequence[str]) -> list[int]:
+    """Versions that any of the models has, oldest first."""
+    folders = (path for model in models if (root / model).is_dir() for path in (root / model).iterdir())
+    return sorted({int(path.name) for path in folders if path.is_dir() and path.name.isdecimal()})
+
+
+def _holds(folder: Path, bundle: Bundle, files: Sequence[Path]) -> bool:
+    """Whether a version's bundle is these files and no others."""
+    there = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return there == set(files) and all(_is_same(bundle.path / file, folder / file) for file in files)
+
+
+def _is_same(source: Path, copy: Path) -> bool:
+    if source.samefile(copy):
+        return True
+    return source.stat().st_size == copy.stat().st_size and sha256(source) == sha256(copy)
+
+
+def _write_bundle(version: Path, bundle: Bundle, files: Sequence[Path]) -> None:
+    with staged_folder(version) as folder:
+        for file in files:
+            _link_or_copy((bundle.path / file).resolve(), folder / "bundle" / file)
+        (folder / "model.py").write_text(_model_py("pipeline"), encoding="utf-8")
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix in _LINKED:
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            pass
+        else:
+            return
+    shutil.copyfile(source, target)
+
+
+def _with_history(export: Export, root: Path, version: int, earlier: Sequence[int]) -> Export:
+    """The export with the fingerprints of this version and of the one before, which patch models keep."""
+    shas = {}
+    before = None
+    for number in earlier[-1:]:
+        try:
+            before = Bundle.open(root / export.name / str(number) / "bundle")
+            shas[str(number)] = before.fingerprint
+        except (SpecError, OSError):  # it was taken away: nothing will run it
+            before = None
+    return replace(export, shas={**shas, str(version): export.bundle.fingerprint}, earlier=before)
+
+
+def _write_models(export: Export, root: Path, version: int) -> None:
+    """Write model.py of every model and then the configurations, without which a server loads nothing of it."""
+    roles: dict[str, Role] = {export.name: "pipeline"}
+    roles |= {f"{export.name}{BLS_SUFFIX}": "bls", f"{export.name}{STREAM_SUFFIX}": "stream"}
+    configs: dict[str, Message] = {network.model: patch_config(export, network) for network in export.networks}
+    configs |= {model: pipeline_config(export, role, model) for model, role in reversed(roles.items())}
+    for model in configs:
+        if not (root / model / str(version)).is_dir():
+            with staged_folder(root / model / str(version)) as folder:
+                (folder / "model.py").write_text(_model_py(roles.get(model, "patch")), encoding="utf-8")
+    for file, content in warmup_files(export.bundle.spec).items():
+        _write_changed(root / export.name / "warmup" / file, content)
+    for network in export.networks:
+        for file, text in native_files(export, network, version).items():
+            _write_changed(root / network.model / "native" / file, text.encode())
+    for model, config in configs.items():
+        _write_changed(root / model / "config.pbtxt", (_header(export.name) + to_text(config)).encode())
+
+
+def _model_py(role: Role) -> str:
+    return _MODEL.format(what=_WHAT[role], name=CLASSES[role])
+
+
+def _write_changed(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomic(path, content)
+
+
+def _unused(root: Path, name: str, models: Sequence[str]) -> tuple[str, ...]:
+    """Models of this bundle's earlier versions, such as of a member that is gone; a server may still be finishing with them."""
+    configs = [config for config in sorted(root.glob("*/config.pbtxt")) if config.parent.name not in models]
+    return tuple(config.parent.name for config in configs if config.read_text(encoding="utf-8").startswith(_header(name)))
