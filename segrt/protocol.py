@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,6 +40,9 @@ SPEC, BUNDLE_SHA, TAKES_PREVIOUS = "spec", "bundle_sha", "takes_previous"
 # models of a repository beside the one that runs everything itself; what each is told by its config.pbtxt, and which class its model.py
 # binds, is in segrt.repository
 PATCH_SUFFIX, BLS_SUFFIX, STREAM_SUFFIX = "_patch", "_bls", "_stream"
+
+# of a failed request, named as in TritonError
+ErrorCode: TypeAlias = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -190,6 +193,19 @@ class Report(BaseModel):
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     direction: Matrix3 = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
     dimensions: int = 3
+
+
+def coded(code: ErrorCode, sentence: str) -> str:
+    """The sentence of an error of <name>_stream with its code in front: a stream carries text alone (asking the server for more ends it)."""
+    return f"[{code}] {sentence}"
+
+
+def code_of(text: str) -> tuple[ErrorCode | None, str]:
+    """Code and sentence of `coded`; None when the text has none, such as one of the server's own."""
+    for code in get_args(ErrorCode):
+        if text.startswith(f"[{code}] "):
+            return code, text[len(code) + 3 :]
+    return None, text
 
 
 def geometry_of(grid: Grid) -> dict[str, tuple[Any, ...]]:

@@ -21,6 +21,8 @@ from segrt.protocol import (
     RequestOptions,
     ServedModel,
     check_name,
+    code_of,
+    coded,
     geometry_of,
     grid_of,
     outputs_of,
@@ -113,3 +115,9 @@ def test_a_grid_travels_as_the_file_formats_have_it() -> None:
     # columns of DIRECTION are the axes x, y, z
     assert [row[0] for row in sent[DIRECTION]] == [row[2] for row in grid.axes]
     assert grid_of(grid.shape, sent[SPACING], sent[ORIGIN], sent[DIRECTION], flat=True) == grid
+
+
+def test_an_error_on_a_stream_keeps_its_code() -> None:
+    assert coded("INVALID_ARG", "what: why") == "[INVALID_ARG] what: why"
+    assert code_of("[INVALID_ARG] what: why") == ("INVALID_ARG", "what: why")
+    assert code_of("[x] y") == (None, "[x] y")
