@@ -196,7 +196,7 @@ class Report(BaseModel):
 
 
 def coded(code: ErrorCode, sentence: str) -> str:
-    """The sentence of an error of <name>_stream with its code in front: a stream carries text alone (asking the server for more ends it)."""
+    """The sentence of an error of <name>_stream with its code in front: a stream carries text alone (asked for more, the server dies)."""
     return f"[{code}] {sentence}"
 
 
