@@ -18,11 +18,12 @@ from ..errors import InputError
 from ..spec import Head
 from .checkpoint import Checkpoints
 from .config import TrainConfig
+from .divergence import MOST_SKIPPED, no_gradient, no_loss
 from .epoch import EpochMeans, EpochSums, dice_of, iou_of, mean_of
 from .optim import build_optimizer, build_schedule, clip_gradients
 from .processes import add_up, agree, parallel, processes, rank, synchronised, wait_for_all
 from .records import Records
-from .surroundings import draw_anew, gpu_settings, lay_out, opened, profiler, seeded, signals
+from .surroundings import draw_anew, gpu_settings, lay_out, opened, profiler, seeded, signals, widen_thin_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
     Raises
     ------
     InputError
-        When the loss is no number any more; the sentence names the cases of the batch.
+        When the loss is no number any more, or so are the gradients of many iterations in a row; the sentence names the cases of the batch.
     SpecError
         When the checkpoint belongs to another plan or configuration.
     """
@@ -110,6 +111,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
 
         network = job.build().to(device).train()
         layout = lay_out(network, device)
+        widen_thin_convolutions(network, device)
         optimizer = build_optimizer(network.parameters(), config)
         schedule = build_schedule(optimizer, config, config.iterations)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -128,7 +130,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         validation = stack.enter_context(opened(job.validation, validated))
         records = stack.enter_context(Records(job.folder, job.classes, iteration=start)) if first else None
         recorder = stack.enter_context(profiler(config, start, job.folder)) if first else None
-        pace, sums, overlap = _Pace(), EpochSums(), None
+        pace, sums, overlap, skipped = _Pace(), EpochSums(), None, 0
 
         for iteration in range(start + 1, config.iterations + 1):
             began, reading, total = time.perf_counter(), 0.0, 0.0
@@ -150,14 +152,15 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
             mean, stopping, seconds = agree(total, bool(stop), spent + time.perf_counter() - began, device)
             last = iteration == config.iterations or seconds >= budget
             if not math.isfinite(mean):
-                raise InputError(_not_a_number(iteration, mean, names, config))
-            norm = 0.0
-            if config.clip:
-                scaler.unscale_(optimizer)
-                norm = clip_gradients(network.parameters(), config.clip).item()
-            if math.isfinite(norm) or scaler.is_enabled():
+                raise InputError(no_loss(iteration, mean, names, config))
+            scaler.unscale_(optimizer)
+            norm = clip_gradients(network.parameters(), config.clip or math.inf).item()
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped >= MOST_SKIPPED:
+                raise InputError(no_gradient(iteration, norm, names, config))
+            if not skipped or scaler.is_enabled():
                 scaler.step(optimizer)
-            else:  # fp16's scaler finds that itself; bf16 convolutions of a few voxels give such gradients now and then on CPUs
+            else:  # fp16's scaler finds that itself
                 logger.warning("iteration %d: a gradient is %s, so the weights stay as they are", iteration, norm)
             scaler.update()
             lr = optimizer.param_groups[0]["lr"]
@@ -252,15 +255,6 @@ def _overlap(logits: Tensor, target: Tensor, head: Head) -> Tensor:
         found = (logits.argmax(1, keepdim=True) == classes) & known
     both = (found & truth).sum(axes)
     return torch.stack([both, found.sum(axes) - both, (truth & known).sum(axes) - both]).double()
-
-
-def _not_a_number(iteration: int, loss: float, names: Sequence[str], config: TrainConfig) -> str:
-    cases = ", ".join(dict.fromkeys(names))
-    advice = "try precision bf16 or fp32, " if config.precision == "fp16" else ""
-    return (
-        f"the loss became {loss} in iteration {iteration}, with a batch of the cases {cases}; look at their images, {advice}"
-        f"lower the learning rate ({config.lr:g}) or the norm gradients are clipped to ({config.clip:g})"
-    )
 
 
 class _Pace:

@@ -170,6 +170,34 @@ def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path: Path, caplog: 
     assert caplog.messages == ["iteration 2: a gradient is nan, so the weights stay as they are"]
 
 
+def _no_gradient(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss that is a number, and no gradient that is: the root of 0 is infinitely steep."""
+    loss, parts = cross_entropy(outputs, targets)
+    return loss + (outputs[0] * 0).abs().sum().sqrt(), parts
+
+
+@pytest.mark.parametrize("clip", [12.0, 0.0])
+@pytest.mark.parametrize(("precision", "advice"), [("fp32", "lower"), ("bf16", "try precision fp32, lower")])
+def test_a_training_whose_gradients_are_none_ends(tmp_path: Path, precision: str, advice: str, clip: float) -> None:
+    """Otherwise it would go on for days, and nothing but its log would say that nothing is learned."""
+    config = tiny_config(iterations=100, validation_batches=0, clip=clip, precision=precision)
+    with pytest.raises(InputError, match=rf"^the gradient was nan in iteration 25 as in the 24 before, .*case_24_0, case_24_1.*, {advice}"):
+        run(tiny_job(tmp_path, config, loss=_no_gradient))
+    assert [row["iteration"] for row in _rows(tmp_path / "training.csv")][-1] == "24"
+
+
+def test_gradients_that_are_none_now_and_then_end_nothing(tmp_path: Path) -> None:
+    """Fewer in a row than the limit, and more in all."""
+    called = 0
+
+    def loss(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        nonlocal called
+        called += 1
+        return (cross_entropy if called % 20 == 0 else _no_gradient)(outputs, targets)
+
+    assert run(tiny_job(tmp_path, tiny_config(iterations=60, validation_batches=0), loss=loss))[-1].iteration == 60
+
+
 def test_a_checkpoint_of_another_plan_or_configuration_is_refused(tmp_path: Path) -> None:
     run(tiny_job(tmp_path))
     with pytest.raises(SpecError, match="was trained for another plan"):
