@@ -63,6 +63,8 @@ def choose_level(bundle: Bundle, level: str | None, backend: Backend) -> Bundle:
 def choose_members(bundle: Bundle, folds: Sequence[str] | None) -> tuple[str, ...]:
     """Give the members that `folds` means, all by default; an InputError names those the bundle does not have."""
     members = bundle.spec.members
+    if folds is not None and not folds:
+        raise InputError(f"{bundle.path}: no fold was chosen; choose of {', '.join(members)}, or all")
     if folds is not None and tuple(folds) == ("all",) and "all" not in members:
         return members  # nnU-Net's own "all" is a member that was trained on every case
     # a fold may be given as a number or twice; it counts once

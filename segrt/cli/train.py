@@ -153,6 +153,8 @@ def train(
     if iters is not None and epochs is not None:
         raise InputError("--iters and --epochs say the same thing; give one of them")
     candidates = comma_list(configuration) or ()
+    if configuration is not None and not candidates:
+        raise InputError("--config: expected a configuration such as 3d_fullres, got none; leave it out for the model's own")
     if len(candidates) > 1 and not find_best:
         raise InputError("--config: several configurations are only trained to find the best one; add --find-best, or give one")
     changes = {

@@ -64,6 +64,8 @@ def open_dataset(
         When there is no such layout, images or label maps are missing, or what the dataset says about itself cannot be right.
     """
     root = Path(path)
+    if image_suffix is not None and not isinstance(image_suffix, str) and not image_suffix:
+        raise InputError("image_suffix: expected how image names end, such as _image, one for each channel; got none")
     if masks is None:
         found, declared, folder = _find(root, image_suffix, label_suffix)
     else:

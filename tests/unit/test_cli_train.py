@@ -205,6 +205,8 @@ def test_what_a_dataset_does_not_say(run: Run, data: Path, tmp_path: Path) -> No
         (["--model", "vnet", "--memory-gb", "4"], "memory_gb: it only matters with model nnunet"),
         (["--no-pairs"], "pairs: it only matters with find_best"),
         (["--plan", "plan.json", "--planner", "resenc_m"], "planner: it only matters with a plan made here"),
+        (["--config", ""], "--config: expected a configuration such as 3d_fullres, got none"),
+        (["--fold", ""], "training: folds: expected at least one, such as 0"),
         (["--config", "2d,3d_fullres"], "several configurations are only trained to find the best one; add --find-best"),
         (["--iters", "5", "--epochs", "5"], "--iters and --epochs say the same thing"),
         (["--model", "segnet"], "training: model: expected 'nnunet', 'vnet', 'unetpp' or 'unet', got 'segnet'"),

@@ -119,6 +119,8 @@ def test_folds(tmp_path: Path) -> None:
         read_model(folder, folds=("3",))
     with pytest.raises(InputError, match="counts once"):
         read_model(folder, folds=("2", "2"))
+    with pytest.raises(InputError, match=r"folds: none was chosen; .* has "):
+        read_model(folder, folds=())
 
 
 def test_all_means_every_fold_where_none_is_named_so(tmp_path: Path) -> None:

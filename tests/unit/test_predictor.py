@@ -149,6 +149,8 @@ def test_folds_are_chosen_by_name(tmp_path: Path) -> None:
         assert len(predictor.engines) == 2
     with pytest.raises(InputError, match="no fold 2; the bundle has 0, 1, 4"):
         Predictor(bundle, folds=("2",))
+    with pytest.raises(InputError, match="no fold was chosen; choose of 0, 1, 4, or all"):
+        Predictor(bundle, folds=())
 
 
 def test_a_fold_counts_once_and_may_be_a_number(tmp_path: Path) -> None:

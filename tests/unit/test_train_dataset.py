@@ -99,6 +99,8 @@ def test_what_a_dataset_says_itself_is_not_asked_for(tmp_path: Path) -> None:
     folder = nnunet_raw(tmp_path / "raw")
     with pytest.raises(InputError, match=r"dataset\.json names its images and label maps itself"):
         open_dataset(folder / "dataset.json", label_suffix="_truth")
+    with pytest.raises(InputError, match="image_suffix: expected how image names end"):
+        open_dataset(folder, image_suffix=())
     with pytest.raises(InputError, match=r"grey masks hold one structure, .*raw has background, liver, spleen; leave the threshold out"):
         open_dataset(folder, mask_threshold=0)
 

@@ -105,6 +105,8 @@ def read_model(folder: sources.ModelFolder | Path, *, folds: Sequence[str] | Non
     if isinstance(folder, Path):
         folder = sources.choose_model_folder(folder, configuration=None, trainer=None, plans=None)
     available = sources.available_folds(folder.path, checkpoint)
+    if folds is not None and not folds:
+        raise InputError(f"folds: none was chosen; {folder.path} has {', '.join(available) or 'none'}")
     # "all" is nnU-Net's fold that saw every case; where there is none it can only mean all the folds there are
     every = folds is None or (tuple(folds) == ("all",) and sources.find_checkpoint(folder.path, "all", checkpoint) is None)
     names = available if every or folds is None else tuple(folds)
