@@ -12,9 +12,9 @@ from ..volume import Grid
 from .cases import image_suffix
 from .dicom import peek_series
 from .geometry import grid_of
-from .headers import first_look
+from .headers import first_look, meta_header, nrrd_header
 from .itk import itk, reading
-from .nifti import grid_from, open_header
+from .nifti import COLOURS, grid_from, open_header
 from .nifti_header import DTYPES
 
 
@@ -42,6 +42,28 @@ def _headers_only(first: Path) -> tuple[Grid, int]:
         reader.ReadImageInformation()
         itemsize = itk.Image([1, 1], reader.GetPixelID(), reader.GetNumberOfComponents()).GetSizeOfPixelComponent()
         return grid_of(reader), max(1, int(itemsize))
+
+
+def count_voxels(file: Path) -> tuple[int, ...]:
+    """Sizes of all axes and components that an image file's header announces; nothing else of it is read.
+
+    Raises
+    ------
+    InputError
+        When it is no image file, or its header is damaged.
+    """
+    suffix = first_look(file)
+    if suffix.startswith((".nii", ".hdr")):
+        header, _ = open_header(file)
+        return (*header.dim[1 : header.dim[0] + 1], COLOURS.get(header.datatype, 1))
+    if suffix in (".mha", ".mhd", ".nrrd", ".nhdr"):
+        text = (meta_header if suffix.startswith(".m") else nrrd_header)(file)
+        return (*text.sizes, text.components)
+    reader = itk.ImageFileReader()
+    reader.SetFileName(str(file))
+    with reading(file.name, "a picture"):
+        reader.ReadImageInformation()
+        return (*reader.GetSize(), reader.GetNumberOfComponents())
 
 
 def find_labels(folder: str | Path, case: str) -> Path:

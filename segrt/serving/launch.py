@@ -133,7 +133,9 @@ def server_environment(installation: Installation, environment: Mapping[str, str
         **environment,
         "LD_LIBRARY_PATH": _joined(libraries, environment.get("LD_LIBRARY_PATH")),
         "PYTHONPATH": _joined(packages, environment.get("PYTHONPATH")),
-        # otherwise the stub takes the standard library of whatever python3 is first on PATH
+        # the wheel's stub reads no variable of Python's own: it finds its packages beside whatever python3 is first here
+        "PATH": _joined([str(Path(sys.executable).parent)], environment.get("PATH")),
+        # others take these
         "PYTHONHOME": sys.base_prefix,
         "PYTHONDONTWRITEBYTECODE": "1",
     }
