@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from .common import comma_list
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from ..export.scoring import Validation
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,19 @@ class PruneOptions:
         from ..export.prune import check_levels
         from ..export.scoring import in_folders, remembered
 
+        if not (source / "model.json").is_file():
+            raise InputError(f"{source}: --prune takes the bundle of a UNet++, made by segrt-train --model unetpp")
         bundle = Bundle.open(source)
         check_levels(bundle, self.levels)
         if self.images is None or self.labels is None:
-            return remembered(bundle)
+            try:
+                return remembered(bundle)
+            except InputError as err:
+                if self.max_drop is not None:
+                    raise
+                # a bundle moves to other machines, and its training's pictures often do not
+                logger.warning("levels are built without scores: %s", err)
+                return None
         channels = len(bundle.spec.channels)
         return in_folders(self.images, self.labels, channels, mask_suffix=self.mask_suffix, threshold=self.mask_threshold)
 
@@ -68,9 +81,13 @@ def show_levels(
     drop = MAX_DROP if wanted.max_drop is None else wanted.max_drop
     levels = check_levels(bundle, wanted.levels)
     pruning = measure_levels(bundle, levels, options=options, validation=validation, sample=sample, max_drop=drop)
-    print_rows(f"levels of {bundle.spec.name}, scored on {pruning.validation}", pruning.rows)
+    print_rows(f"levels of {bundle.spec.name}: {pruning.title}", pruning.rows)
     if pruning.recommended is None:
-        print("no Dice, and so no recommendation: the bundle remembers no validation cases; name some with --images and --labels")
+        print(
+            "no Dice, and so no recommendation: name images and their masks with --images and --labels"
+            if validation is None
+            else f"no recommendation: in {pruning.validation} there is nothing to find, and a level found nothing"
+        )
         return
     print(f"recommended: {pruning.recommended}, the smallest level that loses at most {pruning.max_drop:g} of Dice")
     print(f"use it with: segrt-predict IMAGES OUT --model {bundle.path} --level {pruning.recommended}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +31,8 @@ from .scoring import Score, Validation, score
 logger = logging.getLogger(__name__)
 
 MAX_DROP = 0.005
-_RUNS = 15
+_RUNS, _MOST_RUNS, _SECONDS = 15, 300, 2.0  # of each level, and in all
+_QUARTER = 25
 # how many times faster than L4: read off a figure, for 2-D tasks
 _PUBLISHED = {"L1": 3.5, "L2": 2.4, "L3": 1.5, "L4": 1.0}
 
@@ -45,8 +45,8 @@ class Level:
     ----------
     parameters : numbers its network computes with
     gflop : floating-point operations of its convolutions on one window, two for each multiplication and addition, in 10^9
-    image_ms : median wall time of a whole prediction of one image in memory, all members
-    network_ms : of these, what the network takes
+    image_ms : wall time of a whole prediction of one image in memory, all members, that a quarter of the runs stay below
+    network_ms : the same of what the network takes
     score : on the validation cases; None without any
     """
 
@@ -65,12 +65,17 @@ class Pruning:
     Attributes
     ----------
     image : shape (z, y, x) of what was timed
-    validation : where the scored cases come from, and how many they are
+    runs : predictions of it by each level
+    device, engine : what ran them
+    validation : how many cases were scored and where they come from; "none"
     recommended : the smallest level that loses no more than `max_drop` of the whole one's Dice; None without scores
     """
 
     levels: tuple[Level, ...]
     image: tuple[int, int, int]
+    runs: int
+    device: str
+    engine: str
     validation: str
     max_drop: float
     recommended: str | None
@@ -80,13 +85,22 @@ class Pruning:
         values = {
             "segrt": __version__,
             "cpu": cpu_name(),
+            "device": self.device,
+            "engine": self.engine,
             "image": self.image,
+            "runs": self.runs,
             "validation": self.validation,
             "max_drop": self.max_drop,
             "recommended": self.recommended,
             **{level.name: _plain({**asdict(level), "times_faster": self.times_faster(level)}) for level in self.levels},
         }
         return json.dumps(values, indent=1) + "\n"
+
+    @property
+    def title(self) -> str:
+        """What was timed, and scored on what."""
+        size = " x ".join(map(str, self.image[self.image[0] == 1 :]))
+        return f"one image of {size}" + ("" if self.validation == "none" else f"; Dice over {self.validation}")
 
     @property
     def rows(self) -> list[dict[str, str]]:
@@ -99,9 +113,10 @@ class Pruning:
                 "ms per image": f"{level.image_ms:.1f}",
                 "network ms": f"{level.network_ms:.1f}",
                 "times faster": f"{self.times_faster(level):.2f}",
-                "published": f"{_PUBLISHED[level.name]:.1f}",
+                "in the paper": f"{_PUBLISHED[level.name]:.1f}",
                 "Dice": "" if level.score is None else f"{level.score.dice:.4f}",
                 "IoU": "" if level.score is None else f"{level.score.iou:.4f}",
+                "Dice where present": "" if level.score is None else f"{level.score.where_present:.4f}",
             }
             for level in self.levels
         ]
@@ -146,16 +161,21 @@ def measure_levels(
     names = [*(name for name in levels if name != level_of(bundle.spec)), levels_of(bundle.spec)[-1]]
     bundles = [bundle.at_level(name) for name in names]
     volume = _image(bundle, sample, validation)
-    times = _time(bundles, volume, options)
+    timed = _time(bundles, volume, options)
     scores: list[Score] | list[None] = [None] * len(names)
     if validation is not None:
         logger.info("scoring %s on %s", ", ".join(names), validation.source)
         scores = score(bundles, validation, options)
-    found = tuple(Level(name, *_cost(one), *spent, scored) for name, one, spent, scored in zip(names, bundles, times, scores, strict=True))
+    found = tuple(Level(name, *_cost(one), *ms, scored) for name, one, ms, scored in zip(names, bundles, timed.ms, scores, strict=True))
     source = "none" if validation is None else validation.source
-    pruning = Pruning(found, volume.grid.shape, source, max_drop, recommend(found, max_drop))
+    how = volume.grid.shape, timed.runs, timed.device, timed.engine
+    pruning = Pruning(found, *how, source, max_drop, recommend(found, max_drop))
     write_atomic(bundle.path / "reports" / "prune.json", pruning.to_json())
-    write_rows(bundle.path / "reports" / "prune", pruning.rows, caption=f"Levels of {bundle.spec.name} on {cpu_name()}")
+    write_rows(
+        bundle.path / "reports" / "prune",
+        pruning.rows,
+        caption=f"Levels of {bundle.spec.name}: {pruning.title}; {cpu_name()}, {timed.engine}",
+    )
     return pruning
 
 
@@ -194,14 +214,30 @@ def _image(bundle: Bundle, sample: str | Path | None, validation: Validation | N
     return Volume(noise, Grid(shape, (1.0, 1.0, 1.0)), "noise")
 
 
-def _time(bundles: Sequence[Bundle], volume: Volume, options: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Median milliseconds of a prediction and of its network; one run of each in turn, so that a busy moment hits all."""
+@dataclass(frozen=True)
+class _Timed:
+    """Milliseconds of each level, of a whole prediction and of its network, and how they were found."""
+
+    ms: list[tuple[float, float]]
+    runs: int
+    device: str
+    engine: str
+
+
+def _time(bundles: Sequence[Bundle], volume: Volume, options: Mapping[str, Any]) -> _Timed:
+    """Predict one image by every level in turn, so that a busy moment hits all; other work only ever adds, so the faster quarter counts."""
     with ExitStack() as stack:
         predictors = [stack.enter_context(Predictor(bundle, **options)) for bundle in bundles]
         for predictor in predictors:
             predictor(volume)
-        runs = [[_once(predictor, volume) for predictor in predictors] for _ in range(_RUNS)]
-    return [(statistics.median(run[n][0] for run in runs), statistics.median(run[n][1] for run in runs)) for n in range(len(bundles))]
+        spent = [list[tuple[float, float]]() for _ in predictors]
+        start = time.perf_counter()
+        while len(spent[0]) < _RUNS or (len(spent[0]) < _MOST_RUNS and time.perf_counter() - start < _SECONDS):
+            for predictor, times in zip(predictors, spent, strict=True):
+                times.append(_once(predictor, volume))
+        whole = predictors[-1]
+        ms = [(float(image), float(network)) for image, network in (np.percentile(times, _QUARTER, axis=0) for times in spent)]
+        return _Timed(ms, len(spent[0]), whole.device, whole.engines[0].name)
 
 
 def _once(predictor: Callable[[Volume], Any], volume: Volume) -> tuple[float, float]:

@@ -113,7 +113,7 @@ def remembered(bundle: Bundle) -> Validation | None:
     for case in cases:
         if missing := [file for file in (*case.images, case.labels) if not file.exists()]:
             raise InputError(f"{missing[0]}: this validation case of {path} is gone; name folders with --images and --labels")
-    return Validation(cases, "the cases the training held back", threshold) if cases else None
+    return Validation(cases, f"the {len(cases)} cases the training held back", threshold) if cases else None
 
 
 def in_folders(

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from factories import make_bundle, make_spec, unet_bundle
+from safetensors.numpy import load_file
 
 from segrt.bundle import Bundle
 from segrt.cli import build as build_command
@@ -304,6 +305,9 @@ def test_the_table_has_every_level_with_its_price(run: Callable[..., Answer]) ->
     assert found["L1"]["parameters"] == count_parameters(build(TINY.pruned(1)))
     assert all(found[name]["image_ms"] > found[name]["network_ms"] > 0 for name in ("L1", "L2", "L4"))
     assert "recommended: L4" in answer.out
+    assert "one image of 40 x 36" in answer.out
+    assert "Dice over 3 cases of images" in answer.out
+    assert (found["device"], found["engine"].split(",")[0], found["runs"] >= 15) == ("cpu", "openvino", True)
     for suffix in ("csv", "md"):
         assert "L4 (recommended)" in Path(f"bundle/reports/prune.{suffix}").read_text()
 
@@ -312,7 +316,41 @@ def test_without_cases_there_is_no_recommendation(run: Callable[..., Answer]) ->
     answer = run(build_command.main, "bundle", "--prune", "L1", "--backend", "onnxruntime")
     assert answer.code == 0, answer.err
     assert "no Dice, and so no recommendation" in answer.out
+    assert "Dice over" not in answer.out
     assert json.loads(Path("bundle/reports/prune.json").read_text())["recommended"] is None
+
+
+def test_cases_that_are_gone_cost_the_scores_and_not_the_levels(run: Callable[..., Answer], caplog: pytest.LogCaptureFixture) -> None:
+    case = {"name": "c0", "images": ["elsewhere/c0.png"], "labels": "elsewhere/c0_mask.png"}
+    Path("bundle/reports/validation.json").write_text(json.dumps({"mask_threshold": 0, "members": {"0": [case]}}))
+    answer = run(build_command.main, "bundle", "--prune", "L1", "--backend", "onnxruntime")
+    assert answer.code == 0, answer.err
+    assert "c0.png: this validation case of" in caplog.text
+    assert "no Dice, and so no recommendation: name images and their masks with --images and --labels" in answer.out
+    refused = run(build_command.main, "bundle", "--prune", "L1", "--max-drop", "0.01")
+    assert (refused.code, "is gone; name folders with --images and --labels" in refused.err) == (2, True)
+
+
+def test_cases_without_any_structure_say_so(run: Callable[..., Answer]) -> None:
+    weights = load_file("bundle/weights/0.safetensors")
+    silent = {
+        name: np.full_like(value, -9) if name.startswith("heads") and name.endswith("bias") else value for name, value in weights.items()
+    }
+    Bundle.create(
+        "silent",
+        Bundle.open("bundle").spec,
+        weights={"0": {k: 0 * v if k.startswith("heads") and k.endswith("weight") else v for k, v in silent.items()}},
+    )
+    for n in range(3):
+        write_image(Path(f"masks/c{n}_mask.png"), np.zeros((1, 40, 36), np.uint8), Grid((1, 40, 36), FLAT, dimensions=2))
+    answer = run(build_command.main, "silent", "--prune", "L1", *SCORED)
+    assert answer.code == 0, answer.err
+    assert "no recommendation: in 3 cases of images there is nothing to find, and a level found nothing" in answer.out
+
+
+def test_what_is_no_bundle_has_no_levels(run: Callable[..., Answer]) -> None:
+    answer = run(build_command.main, "images", "--prune", "L1")
+    assert (answer.code, "images: --prune takes the bundle of a UNet++, made by segrt-train --model unetpp" in answer.err) == (2, True)
 
 
 def test_predict_runs_a_level_and_says_so(run: Callable[..., Answer], caplog: pytest.LogCaptureFixture) -> None:
