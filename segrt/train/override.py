@@ -12,6 +12,8 @@ from .config import TrainConfig
 from .configuration import Configuration, Plan
 from .losses import SupervisedLoss, build_loss
 
+_LOW = ("3d_lowres", "3d_cascade_fullres")
+
 
 def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = None) -> Configuration:
     """Give the configuration to train: the plan's with another batch, patch or width where the config has them.
@@ -24,7 +26,9 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
     """
     name = name or config.configuration
     if name not in plan.configurations:
-        raise SpecError(f"configuration: expected one the plan has ({', '.join(plan.configurations)}), got {name!r}")
+        why = "; nnU-Net plans a low resolution only for images of more than four patches, so choose another (--config)"
+        there = ", ".join(plan.configurations)
+        raise SpecError(f"configuration: expected one the plan has ({there}), got {name!r}{why if name in _LOW else ''}")
     planned = plan.configurations[name]
     changes: dict[str, Any] = {"spec": _spec(planned.spec, config)}
     if config.batch_size:

@@ -132,7 +132,7 @@ def test_the_files_own_dataset_is_found_beside_it(run: Run, data: Path) -> None:
         (["--from-medicalseg", "configs/amos/vnet.yml", "--medicalseg-root", "elsewhere"], "does not lie in"),
         (["--from-medicalseg", "configs/amos/vnet.yml", "--lr", "-1"], "training: lr: "),
         (["--from-medicalseg", "configs/amos/vnet.yml", "--patch", "20,20,20"], "multiples of 16"),
-        (["--from-medicalseg", "configs/amos/nnunet.yml"], "expected one the plan has (2d, 3d_fullres), got '3d_lowres'"),
+        (["--from-medicalseg", "configs/amos/nnunet.yml"], "so choose another (--config)"),
         (["--class-weights", "1,2"], "class_weights: expected one number for each of the 3 classes (background first)"),
         (["--class-weights", "batch"], "class_weights: 'batch' belongs to loss 'mixed'"),
         (["--medicalseg-root", "configs"], "--medicalseg-root belongs to --from-medicalseg"),

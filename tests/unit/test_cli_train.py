@@ -148,6 +148,7 @@ def test_each_flag_reaches_the_configuration(run: Run, data: Path, work: Path, f
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--config", "3d_cascade_fullres"], "only for images of more than four patches, so choose another (--config)"),
         (["--fold", "7"], "fold 7: split 'kfold' has folds 0 to 4; choose of these, or all"),
         (["--fold", "first"], "fold: expected a number or all, got 'first'"),
         (["--split", "sorted:0.6", "--fold", "1"], "fold 1: split 'sorted:0.6' has one fold, 0"),
