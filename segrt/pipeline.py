@@ -1,4 +1,4 @@
-"""Many cases with one Predictor: skip what is done, keep going when a case fails, leave nothing half written."""
+"""Many cases with one Predictor, here or on a server: skip what is done, keep going when a case fails, leave nothing half written."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from . import __version__
+from .arrays import ProgressFn
 from .errors import InputError, SegrtError
 from .files import write_atomic
 from .io import Case, output_name, write_labels
 from .io.cases import image_suffix
 from .io.peek import find_labels
+from .io.read import Source
 from .io.write import WRITABLE
 from .memory import peak_bytes
-from .predictor import Predictor
+from .spec import ModelSpec
+from .volume import Segmentation
+
+if TYPE_CHECKING:
+    from .predictor import Previous
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +52,31 @@ _COMPUTING = (
 CaseProgress = Callable[[str, int, int], None]
 
 
+class Segmenter(Protocol):
+    """What `predict_many` asks of a `Predictor`, or of what stands for one on a server."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+        ...
+
+    @property
+    def takes_previous(self) -> bool:
+        """Whether a call may be given labels of a cascade's first stage."""
+        ...
+
+    @property
+    def provenance(self) -> dict[str, object]:
+        """What labels depend on besides the image; see `Predictor.provenance`."""
+        ...
+
+    def __call__(
+        self, image: Source, *, previous: Previous | None = None, probabilities: bool = False, progress: ProgressFn | None = None
+    ) -> Segmentation:
+        """Segment one image; see `Predictor.__call__`."""
+        ...
+
+
 @dataclass(frozen=True)
 class CaseResult:
     """What became of one case: seconds per stage, voxels per label, and the sentence of its error when it failed."""
@@ -63,7 +94,7 @@ class CaseResult:
 def predict_many(
     cases: Iterable[Case],
     output: str | Path,
-    predictor: Predictor | Sequence[Predictor],
+    predictor: Segmenter | Sequence[Segmenter],
     *,
     format: str | None = None,  # noqa: A002 - the command's flag has this name
     overwrite: bool = False,
@@ -78,7 +109,7 @@ def predict_many(
     ----------
     cases : from `segrt.io.find_cases`
     output : folder for the labels, made when missing
-    predictor : one, or several of the same model on different devices, which take the next case as they become free
+    predictor : one, or several of the same model on different devices or servers, which take the next case as they become free
     format : suffix of the label files, such as ".nii.gz"; the input's own by default
     overwrite : do finished cases again
     probabilities : also write <case>.npz with `probabilities` (K, Z, Y, X) float32
@@ -97,14 +128,14 @@ def predict_many(
         When the output folder cannot be made or predictions.json not be written, a label file would replace an image or cannot have
         that format, or `previous` is given for a model that is no cascade.
     """
-    predictors = [predictor] if isinstance(predictor, Predictor) else list(predictor)
+    predictors = list(predictor) if isinstance(predictor, Sequence) else [predictor]
     _check(predictors[0], format, previous)
     folder = make_folder(output)
     finished: dict[str, CaseResult] = {}
     now, earlier = _provenance(predictors[0]), {entry["name"]: entry for entry in _earlier(folder)}
     targets = _targets(cases, folder, format)
 
-    def run(case: Case, target: Path, chosen: Predictor) -> CaseResult:
+    def run(case: Case, target: Path, chosen: Segmenter) -> CaseResult:
         finished[case.name] = result = _one(case, target, chosen, overwrite, probabilities, previous, progress)
         return result
 
@@ -129,14 +160,14 @@ def predict_many(
 
 
 def _as_completed(
-    targets: Sequence[tuple[Case, Path]], predictors: Sequence[Predictor], run: Callable[[Case, Path, Predictor], CaseResult]
+    targets: Sequence[tuple[Case, Path]], predictors: Sequence[Segmenter], run: Callable[[Case, Path, Segmenter], CaseResult]
 ) -> Generator[tuple[Path, CaseResult]]:
     """Results as they come; with several predictors each has a thread, and the next case goes to the one that is free."""
     if len(predictors) == 1:
         for case, target in targets:
             yield target, run(case, target, predictors[0])
         return
-    free: SimpleQueue[Predictor] = SimpleQueue()
+    free: SimpleQueue[Segmenter] = SimpleQueue()
     for predictor in predictors:
         free.put(predictor)
 
@@ -167,7 +198,7 @@ def make_folder(path: str | Path) -> Path:
     return folder
 
 
-def _check(predictor: Predictor, format: str | None, previous: str | Path | None) -> None:  # noqa: A002
+def _check(predictor: Segmenter, format: str | None, previous: str | Path | None) -> None:  # noqa: A002
     """Refuse what would fail for every case."""
     if format is not None and image_suffix(Path(output_name("case", Path(), format))) not in WRITABLE:
         raise InputError(f"format: expected one of {', '.join(WRITABLE)}, got {format!r}")
@@ -185,7 +216,7 @@ def _targets(cases: Iterable[Case], folder: Path, format: str | None) -> list[tu
 
 
 def _one(
-    case: Case, target: Path, predictor: Predictor, overwrite: bool, probabilities: bool, previous: Any, progress: CaseProgress | None
+    case: Case, target: Path, predictor: Segmenter, overwrite: bool, probabilities: bool, previous: Any, progress: CaseProgress | None
 ) -> CaseResult:
     scores = target.parent / f"{case.name}.npz"
     if not overwrite and target.exists() and (scores.exists() or not probabilities):
@@ -201,7 +232,7 @@ def _one(
 
 
 def _predict(
-    case: Case, target: Path, scores: Path | None, predictor: Predictor, previous: Any, progress: CaseProgress | None
+    case: Case, target: Path, scores: Path | None, predictor: Segmenter, previous: Any, progress: CaseProgress | None
 ) -> CaseResult:
     stage = find_labels(previous, case.name) if previous is not None else None
     report = None if progress is None else lambda n, total: progress(case.name, n, total)
@@ -222,7 +253,7 @@ def _predict(
     return CaseResult(case.name, "done", target.name, seconds, windows, shared, segmentation.voxels())
 
 
-def _write_record(results: list[CaseResult], predictor: Predictor, folder: Path) -> None:
+def _write_record(results: list[CaseResult], predictor: Segmenter, folder: Path) -> None:
     path = folder / "predictions.json"
     try:
         write_atomic(path, json.dumps(_record(results, predictor, folder), indent=1) + "\n")
@@ -230,7 +261,7 @@ def _write_record(results: list[CaseResult], predictor: Predictor, folder: Path)
         raise InputError(f"{path} cannot be written ({err.strerror or err}); free some space or choose another output folder") from err
 
 
-def _record(results: list[CaseResult], predictor: Predictor, folder: Path) -> dict[str, Any]:
+def _record(results: list[CaseResult], predictor: Segmenter, folder: Path) -> dict[str, Any]:
     """The content of predictions.json; what earlier runs into the same folder said of a skipped case is kept."""
     cases = {r.name: asdict(r) for r in results if r.status == "skipped"} | {c["name"]: c for c in _earlier(folder)}
     cases |= {r.name: asdict(r) for r in results if r.status != "skipped"}
@@ -250,18 +281,9 @@ def _record(results: list[CaseResult], predictor: Predictor, folder: Path) -> di
     }
 
 
-def _provenance(predictor: Predictor) -> dict[str, Any]:
+def _provenance(predictor: Segmenter) -> dict[str, Any]:
     """What labels depend on besides the image, as JSON gives it back."""
-    settings = {
-        "members": predictor.members,
-        "engines": [engine.name for engine in predictor.all_engines],
-        "step": predictor.step or predictor.spec.inference.step,
-        "accumulate": predictor.accumulate,
-        "postprocess": [step.model_dump() for step in predictor.steps],
-        "threads": predictor.threads,
-        **({"level": predictor.bundle.level} if predictor.bundle.level else {}),
-    }
-    known: dict[str, Any] = json.loads(json.dumps({"bundle_sha256": predictor.bundle.fingerprint, "settings": settings}))
+    known: dict[str, Any] = json.loads(json.dumps(predictor.provenance))
     return known
 
 

@@ -200,6 +200,20 @@ class Predictor:
         return [engine for model in self._models for engine in model.engines]
 
     @property
+    def provenance(self) -> dict[str, object]:
+        """What labels depend on besides the image: the bundle's fingerprint, and the settings that predictions.json records."""
+        settings = {
+            "members": self.members,
+            "engines": [engine.name for engine in self.all_engines],
+            "step": self.step or self.spec.inference.step,
+            "accumulate": self.accumulate,
+            "postprocess": [step.model_dump() for step in self.steps],
+            "threads": self.threads,
+            **({"level": self.bundle.level} if self.bundle.level else {}),
+        }
+        return {"bundle_sha256": self.bundle.fingerprint, "settings": settings}
+
+    @property
     def engine_bytes(self) -> int:
         """Memory the engines hold and need while they run, as measured when they were built; 0 when one was not."""
         held = [engine.held_bytes for engine in self.all_engines]

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from ..arrays import Array, ProgressFn
 from ..errors import BackendError, InputError
@@ -25,6 +25,9 @@ from .patience import Patience
 from .questions import answers_of, file_tensors, files_of, report_in, segmentation_of, tensors_of
 from .shared import SharedMemoryUse, Wanted
 from .wire import Answer, Failure, Question, Transport
+
+if TYPE_CHECKING:
+    from ..predictor import Previous
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ class RemotePredictor:
             raise
 
     def __call__(
-        self, image: Source, *, previous: str | Path | Array | None = None, probabilities: bool = False, progress: ProgressFn | None = None
+        self, image: Source, *, previous: Previous | None = None, probabilities: bool = False, progress: ProgressFn | None = None
     ) -> Segmentation:
         """Segment one image; parameters and result are those of `Predictor.__call__`.
 
