@@ -9,20 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-from ..arrays import Array, ProgressFn
+from ..arrays import ProgressFn
 from ..bundle import Bundle
 from ..engines import resolve_device
 from ..errors import BackendError
 from ..files import write_atomic
-from ..io import read_labels
 from ..networks import build, build_empty, count_parameters, initialize
 from ..report.curves import write_curves
-from ..report.predictions import spread, write_errors
-from ..report.samples import write_samples
 from ..spec import ModelSpec
 from .augment import Augmentation
 from .cache import Prepared
@@ -30,19 +26,17 @@ from .cases import Dataset
 from .checkpoint import Weights
 from .config import TrainConfig
 from .configuration import Configuration
-from .dataset import read_training_case
-from .epoch import mean_of
 from .loader import Batches, Stream
 from .loop import Job, ProgressStep, train
 from .override import choose_loss
+from .pictures import draw_predictions, draw_samples
 from .processes import processes, rank
 from .records import count_flops, environment
 from .splits import Split
+from .targets import class_names
 from .validate import Summary, validate
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 8  # samples in the picture
 
 
 def _silent(text: str) -> None:
@@ -144,7 +138,7 @@ def train_fold(fold: Fold) -> bool:
         fold.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(fold.folder / "config.json", fold.config.to_json())
         _describe(fold)
-        _draw_samples(fold)
+        draw_samples(fold)
     finished = train(fold.job, fold.device, progress=fold.show.step)
     if first:
         write_curves(fold.folder / "curves.png", {f"fold {fold.name}": fold.folder})
@@ -158,7 +152,7 @@ def validate_fold(fold: Fold, dataset: Dataset, *, previous: Path | None) -> Sum
     bundle = Bundle.create(fold.folder / "bundle", fold.spec, weights={fold.name: weights.tensors}, force=True)
     names, folder = fold.split.validation, fold.folder / "validation"
     summary = validate(dataset, names, bundle, folder, device=runtime_device(fold.device), previous=previous, progress=fold.show.cases)
-    _draw_predictions(fold, dataset, summary)
+    draw_predictions(fold, dataset, summary)
     fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}, mean IoU {summary.mean_iou:.4f}")
     return summary
 
@@ -170,14 +164,6 @@ def runtime_device(device: torch.device) -> str:
     except BackendError as err:
         logger.warning("validation runs on the CPU, not on %s: %s", device, err)
         return "cpu"
-
-
-def class_names(spec: ModelSpec) -> tuple[str, ...]:
-    """Names of the foreground channels of the network's output, in their order."""
-    if spec.head.activation == "sigmoid":
-        return tuple(label.name for label in spec.labels)
-    named = {label.values[0]: label.name for label in spec.labels}
-    return tuple(named.get(value, str(value)) for value in spec.head.values[1:])
 
 
 def _describe(fold: Fold) -> None:
@@ -193,56 +179,6 @@ def _describe(fold: Fold) -> None:
     )
     values = environment(fold.device) | {"processes": processes(), "parameters": parameters, "flops_per_patch": flops}
     write_atomic(fold.folder / "environment.json", json.dumps(values, indent=1) + "\n")
-
-
-def _draw_samples(fold: Fold) -> None:
-    """A picture of the first patches as the network gets them, once."""
-    path = fold.folder / "samples.png"
-    if path.is_file():
-        return
-    source = Batches(
-        fold.prepared.select(fold.split.train),
-        fold.configuration,
-        augmentation=fold.config.augment,
-        oversampling=fold.config.oversampling,
-        seed=fold.config.seed,
-        workers=0,
-    )
-    samples: list[tuple[str, Array, Array]] = []
-    for data, targets, names in source():
-        for image, target, name in zip(data[:, 0].numpy(), targets[0].numpy(), names, strict=True):
-            labels = _painted(target) if fold.spec.head.activation == "sigmoid" else target
-            samples.append((name, _volume(image), _volume(labels)))
-        if len(samples) >= _SHOWN:
-            break
-    write_samples(path, samples[:_SHOWN], dict(enumerate(class_names(fold.spec), 1)))
-
-
-def _draw_predictions(fold: Fold, dataset: Dataset, summary: Summary) -> None:
-    """A page of the held-back cases with what was found, wrong and missed, the worst to the best."""
-    named = {case.name: case for case in dataset.cases}
-    scored = [case for case in summary.cases if case.prediction.is_file()]
-    scored.sort(key=lambda case: score if (score := mean_of(list(case.dice.values()))) is not None else 2.0)
-    shown = []
-    for case in (scored[i] for i in spread(len(scored))):
-        volume, truth = read_training_case(named[case.name], dataset)
-        if dataset.ignore is not None:
-            truth = np.where(truth == dataset.ignore, 0, truth)
-        shown.append((case.name, volume.data, truth, read_labels(case.prediction)[0]))
-    write_errors(fold.folder / "predictions.png", shown)
-
-
-def _volume(array: Array) -> Array:
-    """A slice as a volume of one."""
-    return array[None] if array.ndim == 2 else array
-
-
-def _painted(regions: Array) -> Array:
-    """(K, ...) of 0 and 1 -> (...) number of the last region from 1, as they overlap."""
-    painted = np.zeros(regions.shape[1:], np.int16)
-    for number, region in enumerate(regions, 1):
-        painted[region > 0] = number
-    return painted
 
 
 def reports_of(folds: Mapping[str, Fold]) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..arrays import Array
 from ..spec import ModelSpec
 
 IGNORED = -1
@@ -31,6 +32,39 @@ def make_targets(labels: Tensor, spec: ModelSpec, scales: Sequence[Sequence[floa
     distinct = tuple(dict.fromkeys(tuple(scale) for scale in scales))
     targets = tuple(convert(_shrunk(labels, scale[-labels.ndim :]), spec) for scale in distinct)
     return targets if len(targets) == len(scales) or len(targets) == 1 else tuple(targets[distinct.index(tuple(s))] for s in scales)
+
+
+def class_names(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of the foreground channels of the network's output, in their order."""
+    if spec.head.activation == "sigmoid":
+        return tuple(label.name for label in spec.labels)
+    named = {label.values[0]: label.name for label in spec.labels}
+    return tuple(named.get(value, str(value)) for value in spec.head.values[1:])
+
+
+def class_values(spec: ModelSpec) -> tuple[int, ...]:
+    """Label values the foreground channels become in a prediction, in their order."""
+    return spec.head.values if spec.head.activation == "sigmoid" else spec.head.values[1:]
+
+
+def label_values(target: Array, spec: ModelSpec) -> Array:
+    """Give the label map a target stands for; regions are painted one over the other, as predictions are.
+
+    Parameters
+    ----------
+    target : ([z,] y, x) class indices, or (K, [z,] y, x) regions, -1 where nothing is learned; see `make_targets`
+
+    Returns
+    -------
+    ([z,] y, x) int16, -1 where nothing is learned
+    """
+    values = spec.head.values
+    if spec.head.activation == "softmax":
+        return np.array((*values, IGNORED), np.int16)[target]
+    labels = np.where(target[0] == IGNORED, IGNORED, 0).astype(np.int16)
+    for value, region in zip(values, target, strict=True):
+        labels[region > 0] = value
+    return labels
 
 
 def _shrunk(labels: Tensor, scale: Sequence[float]) -> Tensor:

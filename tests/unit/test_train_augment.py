@@ -16,7 +16,7 @@ from segrt.train.augment import Augment, Rotation, initial_patch, plan_rotation
 from segrt.train.cascade import append_labels, disturb_labels, remove_component
 from segrt.train.config import Transforms, make_config
 from segrt.train.sampler import Sample
-from segrt.train.targets import make_targets
+from segrt.train.targets import class_names, class_values, label_values, make_targets
 
 PATCH = (12, 14, 16)
 
@@ -57,6 +57,25 @@ def test_what_nobody_annotated_is_minus_one() -> None:
     [target] = make_targets(labels, regions, [(1, 1, 1)])
     assert target.tolist() == [[[[0, 1, 1, -1, 0]]], [[[0, 0, 1, -1, 0]]]]
     assert target.dtype == torch.int8
+
+
+def test_targets_become_the_datasets_own_values_again() -> None:
+    """The picture of samples showed 1, 2, ... whatever the label maps hold."""
+    spec = make_spec(values=(0, 7, 300), ignore=9)
+    labels = torch.tensor([[[0, 7, 300, 9, -1]]], dtype=torch.int16)
+    [target] = make_targets(labels, spec, [(1, 1, 1)])
+    assert label_values(target.numpy(), spec).tolist() == [[[0, 7, 300, -1, 0]]]
+    assert dict(zip(class_values(spec), class_names(spec), strict=True)) == {value: spec.labels[i].name for i, value in enumerate((7, 300))}
+    regions = make_spec(
+        values=(4, 2),
+        activation="sigmoid",
+        labels=(Label(name="whole", values=(2, 4)), Label(name="core", values=(2,))),
+        ignore=3,
+    )
+    labels = torch.tensor([[[0, 2, 4, 3, -1]]], dtype=torch.int16)
+    [target] = make_targets(labels, regions, [(1, 1, 1)])
+    assert label_values(target.numpy(), regions).tolist() == [[[0, 2, 4, -1, 0]]]
+    assert dict(zip(class_values(regions), class_names(regions), strict=True)) == {4: "whole", 2: "core"}
 
 
 def test_coarser_targets_take_the_nearest_voxel() -> None:
