@@ -3,81 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import json
+import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from ipaddress import ip_address
+from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Any
 
 from ..errors import BackendError, InputError
+from ..protocol import PATCH_SUFFIX
 from .launch import find_tritonserver, prepare_backends, server_environment
+from .options import KEY_HEADER, ServerOptions
+from .watch import Watch
 
-LogLevel: TypeAlias = Literal["error", "warning", "info", "verbose"]
-Control: TypeAlias = Literal["none", "explicit", "poll"]
-_LEVELS: tuple[LogLevel, ...] = ("error", "warning", "info")
-_POLL_S, _ATTEMPTS, _KEPT_LINES = 0.1, 5, 500
-# what a client over the network may not do: read this machine's shared memory, write log and trace files, replace models
-_LOCAL_ONLY = "shared-memory,model-repository,trace,logging"
+logger = logging.getLogger(__name__)
+
+_POLL_S, _ATTEMPTS, _KEPT_LINES, _UNLOAD_S = 0.1, 5, 500, 15.0
 _BUSY = ("address already in use", "failed to bind", "unable to bind", "failed to start")
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """How a server is started.
-
-    Attributes
-    ----------
-    host : address it listens on; only this machine reaches the default
-    http_port, grpc_port, metrics_port : 0 picks free ones
-    control : "none" loads every model once; "explicit" also loads and unloads on request; "poll" follows changes of the folder
-    log_level : "error", "warning", "info" or "verbose"
-    ready_s : seconds until every model must be ready
-    exit_s : seconds that requests in flight get to finish when it stops
-    program : the tritonserver to use; searched by default
-    arguments : further ones for tritonserver
-    environment : variables to add for the models' processes
-    """
-
-    host: str = "127.0.0.1"
-    http_port: int = 0
-    grpc_port: int = 0
-    metrics_port: int = 0
-    control: Control = "none"
-    log_level: LogLevel = "info"
-    ready_s: float = 600.0
-    exit_s: int = 120
-    program: Path | None = None
-    arguments: tuple[str, ...] = ()
-    environment: Mapping[str, str] | None = None
-
-    def check(self) -> None:
-        """Raise an InputError for an option that cannot be."""
-        if not _is_address(self.host):
-            raise InputError(f"host: expected an IP address such as 127.0.0.1 or 0.0.0.0, got {self.host!r}")
-        for name in ("http_port", "grpc_port", "metrics_port"):
-            if not 0 <= getattr(self, name) <= 65535:
-                raise InputError(f"{name}: expected 0 to 65535, got {getattr(self, name)}")
-        if self.control == "explicit" and not self.is_loopback:
-            raise InputError(
-                f"control: 'explicit' lets whoever reaches {self.host} replace the models, which are programs; use poll, or host 127.0.0.1"
-            )
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine reaches the server."""
-        return ip_address(self.host).is_loopback
+_REQUESTS_DONE = "All models are stopped, unloading models"
+# straight to it: a proxy for the outside is no way to our own process
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_PR_SET_PDEATHSIG = 1
 
 
 class Server:
@@ -87,7 +46,7 @@ class Server:
     ----------
     repository : folder of models, as `segrt-build --triton` writes it
     options : ports, logging, limits
-    show : gets each line the server logs; dropped by default (the last ones are in `log`)
+    show : gets the lines of the server's log that `options.log_level` asks for; the last of all lines are in `log`
 
     Raises
     ------
@@ -108,39 +67,40 @@ class Server:
     ) -> None:
         self.repository, self.options = Path(repository).resolve(), options or ServerOptions()
         self.options.check()
-        if not any(self.repository.glob("*/config.pbtxt")):
-            raise InputError(
-                f"{repository}: expected a model repository (folders with a config.pbtxt), found none; segrt-build --triton makes one"
-            )
         self.installation = find_tritonserver(self.options.program)
+        self.failure: str | None = None
         self._show = show
+        self._key = secrets.token_hex(16)
+        self._ports = self.options
+        # its shared memory gets names of its own, so that what a killed one leaves can be told and removed
+        self._region = f"segrt_{os.getpid()}_{secrets.token_hex(4)}_"
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._requests_done = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
+        self._watch: Watch | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._ports = self.options
-        # the server's shared memory gets names of its own, so that what a killed one leaves can be told and removed
-        self._region = f"segrt_{os.getpid()}_{secrets.token_hex(4)}_"
+        self.models()
 
     @property
     def http(self) -> str:
         """HOST:PORT for HTTP clients."""
-        return self._address(self._ports.http_port)
+        return self.options.address(self._ports.http_port)
 
     @property
     def grpc(self) -> str:
         """HOST:PORT for gRPC clients."""
-        return self._address(self._ports.grpc_port)
+        return self.options.address(self._ports.grpc_port)
 
     @property
     def metrics(self) -> str:
         """HOST:PORT of /metrics."""
-        return self._address(self._ports.metrics_port)
+        return self.options.address(self._ports.metrics_port)
 
     @property
     def log(self) -> str:
-        """The last lines the server logged."""
-        return "\n".join(self._lines)
+        """The last lines the server logged, of every level."""
+        return "\n".join(list(self._lines))
 
     @property
     def pid(self) -> int:
@@ -154,10 +114,24 @@ class Server:
         """Whether the process is there."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def restarts(self) -> int:
+        """Processes of models that died and were replaced."""
+        return self._watch.deaths if self._watch else 0
+
+    def models(self) -> list[str]:
+        """Names in the repository, in an order in which they can be loaded: engines before what calls them."""
+        names = sorted(path.parent.name for path in self.repository.glob("*/config.pbtxt"))
+        if not names:
+            raise InputError(
+                f"{self.repository}: expected a model repository (folders with a config.pbtxt), found none; segrt-build --triton writes one"
+            )
+        return sorted(names, key=lambda name: PATCH_SUFFIX not in name)
+
     def start(self) -> Server:
         """Start it and wait until every model is ready."""
         for attempt in range(_ATTEMPTS):
-            self._ports = _with_free_ports(self.options)
+            self._ports = self.options.with_free_ports()
             self._launch()
             try:
                 self._wait_until_ready()
@@ -170,8 +144,25 @@ class Server:
             except BaseException:
                 self.kill()
                 raise
-            return self
-        raise AssertionError("the last attempt raises")
+            break
+        self._watch = Watch(self.pid, self._revive, self._give_up)
+        self._watch.start()
+        return self
+
+    def load(self, model: str) -> None:
+        """Load a model, or what is new of it; requests go on meanwhile.
+
+        Raises
+        ------
+        BackendError
+            When the server cannot load it.
+        """
+        self._ask_to_load(model, {})
+
+    def reload(self) -> None:
+        """Load whatever is new in the repository: models, and versions of models."""
+        for model in self.models():
+            self.load(model)
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the process ends, and give its exit code (negative: minus the signal); None after `timeout` seconds."""
@@ -182,20 +173,28 @@ class Server:
 
     def stop(self) -> int | None:
         """End the server once its requests have finished, and give its exit code; it is safe to call twice."""
-        if self.is_running:
+        if not self.is_running:
+            return self.kill()
+        try:
+            if self._watch:
+                self._watch.stop()
             self._signal(signal.SIGTERM)
-            self.wait(self.options.exit_s + 10)
-        return self.kill()
+            self._drain()
+        finally:
+            code = self.kill()
+        # a model whose process was killed keeps tritonserver from unloading it; all requests had their answers
+        return 0 if self._requests_done.is_set() else code
 
     def kill(self) -> int | None:
         """End whatever still runs, remove what it left, and give the exit code."""
         if self._process is None:
             return None
+        if self._watch:
+            self._watch.stop()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
-        if self._reader is not None:
-            self._reader.join()
+        self._join_log()
         for region in Path("/dev/shm").glob(f"{self._region}*"):
             region.unlink(missing_ok=True)
         if self._folder is not None:
@@ -210,53 +209,34 @@ class Server:
 
     def _launch(self) -> None:
         self._lines.clear()
+        self._requests_done.clear()
         self._folder = tempfile.TemporaryDirectory(prefix="segrt-serve-")
         backends = prepare_backends(self.installation, Path(self._folder.name))
-        environment = server_environment(self.installation, os.environ) | dict(self.options.environment or {})
+        arguments = self._ports.server_arguments(self.repository, backends, region=self._region, key=self._key)
         self._process = subprocess.Popen(
-            [str(self.installation.program), *self._arguments(backends)],
-            env=environment,
+            [str(self.installation.program), *arguments],
+            env=server_environment(self.installation, os.environ) | dict(self.options.environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches us alone; we stop it in order
+            preexec_fn=_end_with_parent(),
         )
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader = threading.Thread(target=self._read_log, args=(self._process,), name="segrt-server-log", daemon=True)
         self._reader.start()
 
-    def _arguments(self, backends: Path) -> list[str]:
-        how = self._ports
-        shown = _LEVELS[: _LEVELS.index(how.log_level) + 1] if how.log_level != "verbose" else _LEVELS
-        arguments = [
-            f"--model-repository={self.repository}",
-            f"--backend-directory={backends}",
-            *(f"--{name}-address={how.host}" for name in ("http", "grpc", "metrics")),
-            *(f"--{name}-port={getattr(how, f'{name}_port')}" for name in ("http", "grpc", "metrics")),
-            f"--model-control-mode={how.control}",
-            *(["--load-model=*"] if how.control == "explicit" else []),
-            *(f"--log-{level}={str(level in shown).lower()}" for level in _LEVELS),
-            f"--log-verbose={int(how.log_level == 'verbose')}",
-            f"--exit-timeout-secs={how.exit_s}",
-            f"--backend-config=python,shm-region-prefix-name={self._region}",
-            # opening an engine may take minutes; the default is half of one
-            f"--backend-config=python,stub-timeout-seconds={int(how.ready_s)}",
-        ]
-        if not how.is_loopback:
-            # a key nobody is told
-            key = f"segrt-local={secrets.token_hex(16)}"
-            arguments += [f"--http-restricted-api={_LOCAL_ONLY}:{key}", f"--grpc-restricted-protocol={_LOCAL_ONLY}:{key}"]
-        return [*arguments, *how.arguments]
-
-    def _read_log(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
+    def _read_log(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
             for line in lines:
-                self._lines.append(line.rstrip("\n"))
-                if self._show is not None:
-                    self._show(line.rstrip("\n"))
+                text = line.rstrip("\n")
+                self._lines.append(text)
+                if _REQUESTS_DONE in text:
+                    self._requests_done.set()
+                if self._show is not None and self.options.shows(text):
+                    self._show(text)
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + self.options.ready_s
@@ -266,18 +246,53 @@ class Server:
                 raise BackendError(f"tritonserver ended with code {self.wait()} before it was ready: {_reason(list(self._lines))}")
             if time.monotonic() > until:
                 raise BackendError(
-                    f"tritonserver was not ready after {self.options.ready_s:g} s (--ready-timeout): {_reason(list(self._lines))}"
+                    f"tritonserver was not ready after {self.options.ready_s:g} s (ready_s, --ready-timeout): {_reason(list(self._lines))}"
                 )
             time.sleep(_POLL_S)
 
     def _is_ready(self) -> bool:
         """Whether every model is ready; the server itself says so."""
         try:
-            # straight to it: a proxy for the outside is no way to our own process
-            with _DIRECT.open(f"http://{self.http}/v2/health/ready", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+            self._call("health/ready", timeout=5)
+        except BackendError:
             return False
+        return True
+
+    def _drain(self) -> None:
+        """Wait while requests finish, and a moment for models to be unloaded."""
+        until = time.monotonic() + self.options.exit_s + _UNLOAD_S
+        while self.wait(_POLL_S) is None and time.monotonic() < until:
+            if self._requests_done.is_set():
+                self.wait(_UNLOAD_S)
+                return
+
+    def _revive(self, model: str) -> None:
+        """Load a model whose process died; unchanged, it would be taken for loaded, so it gets a parameter that tells how often."""
+        config = json.loads(self._call(f"models/{model}/config"))
+        config.setdefault("parameters", {})["restarts"] = {"string_value": str(self.restarts)}
+        self._ask_to_load(model, {"parameters": {"config": json.dumps(config)}})
+
+    def _give_up(self, why: str) -> None:
+        """End a server that cannot do its work, so that whoever watches it starts another."""
+        self.failure = why
+        logger.error("%s; the server ends", why)
+        self._signal(signal.SIGKILL)
+
+    def _ask_to_load(self, model: str, body: dict[str, Any]) -> None:
+        self._call(f"repository/models/{model}/load", body, timeout=self.options.ready_s)
+
+    def _call(self, path: str, body: dict[str, Any] | None = None, *, timeout: float = 30.0) -> bytes:
+        """The server's answer; what it refuses is a BackendError with its words."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{self.http}/v2/{path}", data, {KEY_HEADER: self._key})
+        try:
+            with _DIRECT.open(request, timeout=timeout) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as err:
+            with err:
+                raise BackendError(f"{path}: {err.read().decode(errors='replace')[:500] or err.reason}") from err
+        except (urllib.error.URLError, HTTPException, OSError) as err:
+            raise BackendError(f"{path}: no answer from the server ({err})") from err
 
     def _join_log(self) -> None:
         if self._reader is not None:
@@ -287,35 +302,13 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def _address(self, port: int) -> str:
-        """What a client on this machine connects to; nobody connects to "every address"."""
-        host = ip_address(self.options.host)
-        text = ("::1" if host.version == 6 else "127.0.0.1") if host.is_unspecified else str(host)
-        return f"[{text}]:{port}" if host.version == 6 else f"{text}:{port}"
 
-
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _with_free_ports(options: ServerOptions) -> ServerOptions:
-    """Options in which ports that were 0 are free ones, all different."""
-    family = socket.AF_INET6 if ip_address(options.host).version == 6 else socket.AF_INET
-    with contextlib.ExitStack() as held:
-        ports = {}
-        for name in ("http_port", "grpc_port", "metrics_port"):
-            if getattr(options, name) == 0:
-                taken = held.enter_context(socket.socket(family))
-                taken.bind((options.host, 0))
-                ports[name] = taken.getsockname()[1]
-    return replace(options, **ports)
+def _end_with_parent() -> Callable[[], object] | None:
+    """What a new process calls to be asked to end when we are killed; the kernel watches the thread, so only the main one will do."""
+    if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
+        return None
+    prctl = ctypes.CDLL(None).prctl  # found before the fork, where nothing may be imported
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _reason(lines: list[str]) -> str:

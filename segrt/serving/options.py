@@ -1,0 +1,135 @@
+"""How a server is started: `ServerOptions`, and tritonserver's own arguments made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from ..errors import InputError
+
+LogLevel: TypeAlias = Literal["error", "warning", "info", "verbose"]
+LOG_LEVELS: tuple[LogLevel, ...] = ("error", "warning", "info", "verbose")
+# what a client over the network may not do: name this machine's shared memory, write log and trace files
+_LOCAL_ONLY = "shared-memory,trace,logging"
+_PORTS = ("http_port", "grpc_port", "metrics_port")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server is started.
+
+    Attributes
+    ----------
+    host : IP address it listens on; only this machine reaches the default
+    http_port, grpc_port, metrics_port : 0 picks free ones
+    control : who may load and unload models: "none", so that only `Server.load` does, or "explicit", every client on this machine
+    log_level : "error", "warning", "info" or "verbose": which lines of the log are shown
+    ready_s : seconds until every model must be ready
+    exit_s : seconds that requests in flight get to finish when it stops
+    program : the tritonserver to use; searched by default
+    arguments : further ones for tritonserver
+    environment : variables to add for the models' processes
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 0
+    grpc_port: int = 0
+    metrics_port: int = 0
+    control: Literal["none", "explicit"] = "none"
+    log_level: LogLevel = "info"
+    ready_s: float = 600.0
+    exit_s: int = 120
+    program: Path | None = None
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise an InputError for an option that cannot be."""
+        if not _is_address(self.host):
+            raise InputError(f"host: expected an IP address such as 127.0.0.1 or 0.0.0.0, got {self.host!r}")
+        for name in _PORTS:
+            if not 0 <= getattr(self, name) <= 65535:
+                raise InputError(f"{name}: expected 0 to 65535, got {getattr(self, name)}")
+        if self.log_level not in LOG_LEVELS:
+            raise InputError(f"log_level: expected {', '.join(LOG_LEVELS)}, got {self.log_level!r}")
+        if self.control == "explicit" and not self.is_loopback:
+            raise InputError(
+                f"control: 'explicit' lets whoever reaches {self.host} replace the models, which are programs; it is for 127.0.0.1 only"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return ip_address(self.host).is_loopback
+
+    def address(self, port: int) -> str:
+        """HOST:PORT that a client on this machine connects to; nobody connects to "every address"."""
+        host = ip_address(self.host)
+        text = ("::1" if host.version == 6 else "127.0.0.1") if host.is_unspecified else str(host)
+        return f"[{text}]:{port}" if host.version == 6 else f"{text}:{port}"
+
+    def shows(self, line: str) -> bool:
+        """Whether a line of tritonserver's log (I1120 18:36:00...) is of the level asked for; lines of the models always are."""
+        level = {"E": 0, "W": 1, "I": 2}.get(line[:1], 0) if line[1:5].isdigit() else 0
+        return level <= LOG_LEVELS.index(self.log_level)
+
+    def with_free_ports(self) -> ServerOptions:
+        """Options in which ports that were 0 are free ones, all different."""
+        family = socket.AF_INET6 if ip_address(self.host).version == 6 else socket.AF_INET
+        ports = {}
+        with contextlib.ExitStack() as held:
+            for name in _PORTS:
+                if getattr(self, name) == 0:
+                    taken = held.enter_context(socket.socket(family))
+                    taken.bind((self.host, 0))
+                    ports[name] = taken.getsockname()[1]
+        return replace(self, **ports)
+
+    def server_arguments(self, repository: Path, backends: Path, *, region: str, key: str) -> list[str]:
+        """Arguments for tritonserver.
+
+        Parameters
+        ----------
+        region : beginning of the names of its shared memory
+        key : what a caller has to show who loads models where clients may not
+        """
+        keys = [] if self.control == "explicit" else [f"model-repository:{KEY_HEADER}={key}"]
+        if not self.is_loopback:
+            # a key nobody is told
+            keys.append(f"{_LOCAL_ONLY}:{KEY_HEADER}-local={secrets.token_hex(16)}")
+        return [
+            f"--model-repository={repository}",
+            f"--backend-directory={backends}",
+            *(f"--{name}-address={self.host}" for name in ("http", "grpc", "metrics")),
+            *(f"--{name}-port={getattr(self, f'{name}_port')}" for name in ("http", "grpc", "metrics")),
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            "--disable-auto-complete-config",  # a process per model only to read what config.pbtxt says
+            *(f"--http-restricted-api={text}" for text in keys),
+            *(f"--grpc-restricted-protocol={text}" for text in keys),
+            # what is logged is kept for the sentence that says why it failed; what is shown is chosen later
+            "--log-info=true",
+            f"--log-verbose={int(self.log_level == 'verbose')}",
+            f"--exit-timeout-secs={self.exit_s}",
+            f"--backend-config=python,shm-region-prefix-name={region}",
+            # opening an engine may take minutes; the default is half of one
+            f"--backend-config=python,stub-timeout-seconds={int(self.ready_s)}",
+            *self.arguments,
+        ]
+
+
+KEY_HEADER = "segrt-key"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True

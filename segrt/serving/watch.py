@@ -1,0 +1,113 @@
+"""Bring back models whose process was killed: tritonserver itself answers "not healthy" from then on and calls itself ready."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import SegrtError
+
+logger = logging.getLogger(__name__)
+
+_POLL_S, _MOST, _WITHIN_S = 0.5, 5, 600.0
+
+
+class Watch:
+    """Look after the models' processes, the children of a tritonserver.
+
+    One that ends as it should is waited for by its parent and disappears; one that was killed stays as a zombie. A model whose process is a
+    zombie twice in a row is revived.
+
+    Parameters
+    ----------
+    pid : process of the server
+    revive : loads a model anew
+    give_up : called with a sentence when a model's process died 5 times within 10 minutes, or cannot be brought back
+
+    Notes
+    -----
+    Restarting was the server's own doing until 24.05 and is not in those after it (triton-inference-server/server#8604).
+    """
+
+    def __init__(self, pid: int, revive: Callable[[str], None], give_up: Callable[[str], object]) -> None:
+        self._pid, self._revive, self._give_up = pid, revive, give_up
+        self._models: dict[int, str] = {}
+        self._suspects: set[int] = set()
+        self._deaths: dict[str, list[float]] = defaultdict(list)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="segrt-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin; the processes there are by now are known when it returns."""
+        self._look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; a revival that is under way is not waited for."""
+        self._ended.set()
+
+    @property
+    def deaths(self) -> int:
+        """Processes that died and were noticed."""
+        return sum(map(len, self._deaths.values()))
+
+    def _run(self) -> None:
+        while not self._ended.wait(_POLL_S):
+            for model in self._look():
+                logger.warning("the process of model %s died; loading the model again", model)
+                self._bring_back(model)
+
+    def _look(self) -> list[str]:
+        """Models that lost a process since the last look."""
+        children = _children(self._pid)
+        self._models |= {child: model for child in children.keys() - self._models if (model := _model_of(_command(child)))}
+        zombies = {child for child, state in children.items() if state == "Z" and child in self._models}
+        dead = zombies & self._suspects
+        self._suspects = zombies - dead
+        return sorted({self._models.pop(child) for child in dead})
+
+    def _bring_back(self, model: str) -> None:
+        now = time.monotonic()
+        recent = [then for then in self._deaths[model] if now - then < _WITHIN_S] + [now]
+        self._deaths[model] = recent
+        if len(recent) > _MOST:
+            self._give_up(f"the process of model {model!r} died {len(recent)} times within {_WITHIN_S / 60:.0f} minutes")
+            return
+        try:
+            self._revive(model)
+        except SegrtError as err:
+            if not self._ended.is_set():
+                self._give_up(f"the process of model {model!r} died and cannot be started again: {err}")
+
+
+def _children(pid: int) -> dict[int, str]:
+    """Processes that `pid` started, and their state (Z: ended, not waited for); none where there is no /proc."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # "7 (a name) S 1 ...": the name may hold anything
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):  # ended meanwhile
+            continue
+        if int(parent) == pid:
+            found[int(path.parent.name)] = state
+    return found
+
+
+def _command(pid: int) -> list[str]:
+    """Its arguments; none when it has ended."""
+    try:
+        return [part for part in Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0") if part]
+    except OSError:
+        return []
+
+
+def _model_of(command: list[str]) -> str | None:
+    """The model a process runs: its first argument is <repository>/<model>/<version>/model.py."""
+    if len(command) < 2 or not command[0].endswith("triton_python_backend_stub"):
+        return None
+    return Path(command[1]).parents[1].name
