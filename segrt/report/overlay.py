@@ -66,7 +66,7 @@ def write_overlay(
                 cell.imshow(colour_labels(_slice(maps[name], axis, position), names), aspect=aspect, interpolation="nearest")
             cell.set_title(f"{name}, {plane} {position}", color="white", fontsize=11)
             cell.set_axis_off()
-    draw_legend(figure, names)
+    draw_legend(figure, legend_of(names))
     figure.suptitle(title, color="white")
     figure.tight_layout(rect=(0, 0, 1 - 2 / figure.get_figwidth(), 1))
     figure.savefig(path, dpi=90)
@@ -87,7 +87,7 @@ def _slice(array: Array, axis: int, position: int) -> Array:
 
 def colour_labels(labels: Array, names: Mapping[int, str]) -> Array:
     """(Y, X, 4) uint8: half-transparent colour on the named labels, nothing elsewhere."""
-    table = np.zeros((int(max(labels.max(initial=0), *names)) + 1, 4), np.uint8)
+    table = np.zeros((int(max((labels.max(initial=0), *names))) + 1, 4), np.uint8)
     for number, value in enumerate(names):
         hexadecimal = COLOURS[number % len(COLOURS)].removeprefix("#")
         table[value] = (*bytes.fromhex(hexadecimal), 130)
@@ -95,8 +95,14 @@ def colour_labels(labels: Array, names: Mapping[int, str]) -> Array:
     return coloured
 
 
-def draw_legend(figure: Any, names: Mapping[int, str]) -> None:
-    """Name each label's colour at the right edge of the figure."""
+def legend_of(names: Mapping[int, str]) -> dict[str, str]:
+    """The text and colour of each label, as `draw_legend` takes them; colours begin again after the last, so there the legend ends."""
+    legend = {f"{value} {name}": colour for (value, name), colour in zip(names.items(), COLOURS, strict=False)}
+    return legend | ({f"and {len(names) - len(COLOURS)} more": "black"} if len(names) > len(COLOURS) else {})
+
+
+def draw_legend(figure: Any, legend: Mapping[str, str]) -> None:
+    """Name colours at the right edge of the figure."""
     patch = require("matplotlib.patches", extra="report").Patch
-    handles = [patch(color=COLOURS[n % len(COLOURS)], label=f"{value} {name}") for n, (value, name) in enumerate(names.items())]
+    handles = [patch(color=colour, label=text) for text, colour in legend.items()]
     figure.legend(handles=handles, loc="center right", fontsize=10, frameon=False, labelcolor="white")

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..arrays import Array, require
-from ..errors import InputError
-from .overlay import busiest_slice, colour_labels, draw_legend
-
-_COLUMNS = 4
+from ..arrays import Array
+from .overlay import busiest_slice, colour_labels, legend_of
+from .sheet import check_shapes, displayed, write_sheet
 
 
 def write_samples(path: str | Path, samples: Sequence[tuple[str, Array, Array]], names: Mapping[int, str]) -> None:
@@ -30,25 +28,10 @@ def write_samples(path: str | Path, samples: Sequence[tuple[str, Array, Array]],
     BackendError
         When matplotlib is not installed.
     """
-    if not samples:
-        raise InputError("samples: none given, expected at least one")
-    columns = min(_COLUMNS, len(samples))
-    rows = -(-len(samples) // columns)
-    figure = require("matplotlib.figure", extra="report").Figure(figsize=(3.2 * columns + 2, 6.6 * rows), facecolor="black")
-    cells = figure.subplots(2 * rows, columns, squeeze=False)
-    for cell in cells.ravel():
-        cell.set_axis_off()
-    for number, (name, image, labels) in enumerate(samples):
-        if labels.shape != image.shape:
-            raise InputError(f"samples: labels of {name!r} have shape {labels.shape}, its image {image.shape}")
-        row, column = divmod(number, columns)
+    cells = []
+    for name, image, labels in samples:
+        check_shapes("samples", name, image[None], labels)
         shown = np.maximum(labels, 0)
         z = busiest_slice(shown, 0)
-        low, high = np.percentile(image[z], (1, 99))
-        for cell in cells[2 * row : 2 * row + 2, column]:
-            cell.imshow(image[z], cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
-        cells[2 * row + 1, column].imshow(colour_labels(shown[z], names), interpolation="nearest")
-        cells[2 * row, column].set_title(f"{name}, slice {z}", color="white", fontsize=9)
-    draw_legend(figure, names)
-    figure.tight_layout(rect=(0, 0, 1 - 2 / figure.get_figwidth(), 1))
-    figure.savefig(path, dpi=80)
+        cells.append((f"{name}, slice {z}", displayed(image[None, z]), colour_labels(shown[z], names)))
+    write_sheet(path, cells, legend_of(names), what="samples")

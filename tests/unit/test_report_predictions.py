@@ -9,7 +9,9 @@ import pytest
 
 from segrt.errors import InputError
 from segrt.metrics import overlaps
-from segrt.report.predictions import colour_errors, displayed, overlap_of, spread, write_errors, write_overview
+from segrt.report.overlay import COLOURS, legend_of
+from segrt.report.predictions import colour_errors, overlap_of, spread, write_errors, write_overview
+from segrt.report.sheet import displayed
 
 TRUTH = np.asarray([[0, 0, 1], [1, 2, 2]])
 FOUND = np.asarray([[0, 1, 1], [0, 2, 1]])
@@ -49,6 +51,13 @@ def test_pages(tmp_path: Path) -> None:
     write_overview(tmp_path / "b.png", [("case", image[:1], FOUND[None])], {1: "tumour", 2: "oedema"})
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_legend_ends_where_its_colours_begin_again() -> None:
+    assert legend_of({255: "tumour"}) == {"255 tumour": COLOURS[0]}
+    long = legend_of(dict.fromkeys(range(1, 20), "organ"))
+    assert list(long)[-2:] == ["16 organ", "and 3 more"]
+    assert len(set(long.values())) == len(long)
 
 
 def test_no_page(tmp_path: Path) -> None:
