@@ -13,7 +13,7 @@ from .bundle import Bundle
 from .engines import Backend, Precision
 from .errors import InputError
 from .level import levels_of
-from .protocol import PATCH_SUFFIX, SPEC, TAKES_PREVIOUS
+from .protocol import PATCH_SUFFIX, SPEC, TAKES_PREVIOUS, check_name
 
 Role = Literal["pipeline", "patch", "bls", "stream"]
 # role -> the class of segrt.serving.backend that the model's model.py binds
@@ -54,6 +54,23 @@ class Network(BaseModel):
                 raise InputError(f"{bundle.path} has no {folder} bundle, which model {self.model!r} is to run; write the repository again")
             bundle = other
         return bundle if self.level is None else bundle.at_level(self.level)
+
+
+def check_target(repository: Path, bundle: Path, name: str | None) -> str:
+    """Give the name under which the bundle in a folder is served in a repository: the folder's, unless one is chosen.
+
+    Raises
+    ------
+    InputError
+        When the name is no model's, or the repository lies in the bundle.
+    """
+    if repository.resolve().is_relative_to(bundle.resolve()):
+        raise InputError(f"{repository} lies in the bundle {bundle}; choose a folder outside it")
+    chosen = bundle.resolve().name if name is None else name
+    try:
+        return check_name(chosen)
+    except InputError as err:
+        raise InputError(f"{err}; choose one with --triton-name") from err
 
 
 def networks_of(name: str, bundle: Bundle) -> tuple[Network, ...]:

@@ -9,6 +9,7 @@ import typer
 
 from .common import check_choices, comma_list, configure_logging, run
 from .pruning import PruneOptions, show_levels
+from .repository import RepositoryOptions
 
 if TYPE_CHECKING:
     from ..engines import Backend, Precision
@@ -56,6 +57,12 @@ def build(
     mask_threshold: Annotated[
         float | None, typer.Option(help="Grey values above it are foreground in masks; by default they hold labels.", show_default=False)
     ] = None,
+    triton: Annotated[
+        Path | None,
+        typer.Option(help="Triton model repository to write the model into; what is built already is not built again."),
+    ] = None,
+    triton_name: Annotated[str | None, typer.Option(help="What the model is called there; the bundle folder's name by default.")] = None,
+    instances: Annotated[int | None, typer.Option(min=1, max=256, help="Requests that run there at once, each with an engine; 1.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle; keep an engine that falls short, marked.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False,
 ) -> None:
@@ -63,11 +70,13 @@ def build(
 
     Exit codes: 0 built and verified, 2 not.
     """
-    from ..export.build import build_model
+    from ..export.build import DEFAULT_BUNDLE, build_model
     from ..export.tensorrt import TensorRTOptions
     from .show import print_build
 
     configure_logging(verbose=verbose)
+    repository = RepositoryOptions(triton, triton_name, instances)
+    repository.check(source if (source / "model.json").is_file() else output or DEFAULT_BUNDLE)
     check_choices(backend=backend, head=head)
     wanted = PruneOptions(prune, max_drop, images, labels, mask_suffix, mask_threshold)
     wanted.check()
@@ -88,11 +97,13 @@ def build(
         force=force,
         tensorrt=TensorRTOptions(batch=batch, workspace_bytes=int(workspace_gb * 1e9), compatible=compatible),
         prune=wanted.levels,
+        reuse=triton is not None and not dynamic and head == "logits",
     )
     print_build(bundle, reports)
     if prune is not None:
         options = {"backend": backend, "device": device, "precision": precisions[0] if precisions else None}
         show_levels(bundle, wanted, validation, sample=sample, options=options)
+    repository.write(bundle, backend=cast("Backend", backend), device=device, precisions=cast("tuple[Precision, ...]", precisions))
 
 
 def main() -> None:

@@ -11,8 +11,12 @@ import numpy as np
 
 from ..arrays import FloatArray, require
 from ..bundle import Bundle
-from ..engines import Backend, Precision, check_onnx
+from ..engines import Backend, Precision, check_onnx, read_build
+from ..engines.compiled import check_compiled
 from ..engines.function import FunctionEngine
+from ..engines.openvino import cpu_name, engine_key
+from ..engines.trt import this_machine
+from ..engines.trt_plan import find_plan
 from ..errors import BackendError, BuildError
 from ..predictor import Predictor
 from ..volume import Grid, Volume
@@ -43,6 +47,7 @@ def build_model(
     force: bool = False,
     tensorrt: TensorRTOptions | None = None,
     prune: Sequence[str] = (),
+    reuse: bool = False,
 ) -> tuple[Bundle, list[dict[str, Any]]]:
     """Import (when `source` is no bundle), export to ONNX, compile and verify.
 
@@ -58,11 +63,12 @@ def build_model(
     dynamic, head : also write onnx/<member>-<head>[-dynamic].onnx for use outside segrt
     force : replace an existing bundle, export again, and keep engines that fall short
     prune : levels of a UNet++, such as "L1", that get ONNX files and engines of their own
+    reuse : take a bundle that has its engines for this machine as it is; without `force`
 
     Returns
     -------
     bundle : the finished bundle
-    reports : one verification report per precision, and then per level and precision
+    reports : one verification report per precision, and then per level and precision; none of engines that were there
 
     Raises
     ------
@@ -72,6 +78,9 @@ def build_model(
     resolve_target(device, backend, tensorrt)  # an import takes minutes: what cannot be built is refused before it
     bundle = _bundle(Path(source), Path(output) if output else None, configuration, folds, force)
     levels = [bundle.at_level(name) for name in check_levels(bundle, prune)] if prune else []
+    if reuse and not force and not prune and is_built(bundle, backend=backend, device=device, precisions=precisions):
+        logger.info("%s has its engines for this machine", bundle.path)
+        return bundle, []
     export(bundle, sample=sample, force=force)
     if dynamic or head != "logits":
         export_onnx(bundle, dynamic=dynamic, head=head)
@@ -83,6 +92,36 @@ def build_model(
             reports += [build_engine(level, backend=backend, device=device, precision=p, **options) for p in precisions or (None,)]
     _compile_kernels(bundle)
     return bundle, reports
+
+
+def is_built(bundle: Bundle, *, backend: Backend = "auto", device: str = "auto", precisions: Sequence[Precision] | None = None) -> bool:
+    """Whether a bundle, its first stage and its partner have compiled engines for this machine, of each precision.
+
+    Backends that keep nothing compiled have nothing to show: False.
+    """
+    device, backend = resolve_target(device, backend, None)
+    others = (other for other in (bundle.previous, bundle.partner) if other is not None)
+    chosen = precisions or ("fp16" if device.startswith("cuda") and backend != "openvino" else "fp32",)
+    try:
+        return all(_has_engine(bundle, m, backend, device, p) for p in chosen for m in bundle.spec.members) and all(
+            is_built(other, backend=backend, device=device, precisions=precisions) for other in others
+        )
+    except BackendError as err:  # of another machine, or of other ONNX files
+        logger.info("%s is built: %s", bundle.path, err)
+        return False
+
+
+def _has_engine(bundle: Bundle, member: str, backend: Backend, device: str, precision: Precision) -> bool:
+    check_onnx(bundle, member)
+    if backend == "tensorrt":
+        find_plan(bundle, member, precision, this_machine(device))
+        return True
+    blob = bundle.engine_path(engine_key(precision)) / f"{member}.blob"
+    record = read_build(blob.with_name("build.json"))
+    if backend != "openvino" or record.get("cpu") != cpu_name():
+        return False
+    check_compiled(bundle, member, blob, record)
+    return True
 
 
 def export(bundle: Bundle, *, sample: str | Path | None = None, force: bool = False) -> None:

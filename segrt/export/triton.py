@@ -12,15 +12,18 @@ from ..bundle import Bundle
 from ..engines import Backend, Precision, resolve_device
 from ..errors import InputError, SpecError
 from ..files import sha256, staged_folder, write_atomic
-from ..protocol import BLS_SUFFIX, STREAM_SUFFIX, check_name
-from ..repository import CLASSES, Role, levels_in
-from .pbtxt import Message, to_text
+from ..protocol import BLS_SUFFIX, STREAM_SUFFIX
+from ..repository import CLASSES, Role, check_target, levels_in
+from .pbtxt import to_text
 from .triton_config import Export, patch_config, pipeline_config, warmup_files
 from .triton_native import native_files
 
 # everything that writes these makes a new file, so a second name for them is a copy that takes no room
 _LINKED = (".onnx", ".blob", ".plan", ".safetensors")
-_MODEL = '''"""{what}; what it does is in segrt.serving, which the server's Python has to find."""
+_MODEL = '''"""{what}.
+
+All it does is in segrt.serving.backend, which the server's Python has to find.
+"""
 
 from segrt.serving.backend import {name} as TritonPythonModel
 
@@ -74,7 +77,7 @@ def write_triton(
     bundle : a finished bundle; of a pruned UNet++ the whole one, whose levels requests can ask for
     repository : folder of the model repository; made when it is missing
     name : of the models; the bundle folder's by default
-    device : where instances live: "cpu", "cuda" (each GPU), "cuda:1", or "auto": GPUs when there is one
+    device : where instances live: "cpu", "cuda" (each GPU), "cuda:1", or "auto": what the backend is for, else GPUs when there is one
     backend, precision : what the engines are to be, see `Predictor`
     instances : requests that run at once, each with engines of its own
 
@@ -90,13 +93,11 @@ def write_triton(
         When a GPU is asked for that is not there.
     """
     root = Path(repository)
-    name = check_name(bundle.path.resolve().name if name is None else name)
+    name = check_target(root, bundle.path, name)
     if instances < 1:
         raise InputError(f"instances: expected 1 or more, got {instances}")
-    if root.resolve().is_relative_to(bundle.path.resolve()):
-        raise InputError(f"{root} lies in the bundle {bundle.path}; choose a folder outside it")
-    export = Export(name, bundle, {}, None, _served_device(device), backend, precision, instances)
-    models = [name, f"{name}{BLS_SUFFIX}", f"{name}{STREAM_SUFFIX}", *(network.model for network in export.networks)]
+    export = Export(name, bundle, {}, None, _served_device(device, backend), backend, precision, instances)
+    models = [*_pipelines(name), *(network.model for network in export.networks)]
     for model in models:
         _check_owned(root, model, name)
     present = _versions(root, models)
@@ -104,10 +105,9 @@ def write_triton(
     newest = present[-1] if present else 0
     new = not newest or not _holds(root / name / str(newest) / "bundle", bundle, files)
     version = newest + 1 if new else newest
-    if new:
-        _write_bundle(root / name / str(version), bundle, files)
-    earlier = [number for number in present if number < version]
-    _write_models(_with_history(export, root, version, earlier), root, version)
+    export = _with_history(export, root, version, [number for number in present if number < version])
+    _write_configs(export, root, version)
+    _write_versions(export, root, version, files)
     return Written(root, version, tuple(models), new, _unused(root, name, models))
 
 
@@ -134,8 +134,10 @@ def bundle_files(bundle: Bundle, *, with_weights: bool) -> Iterator[Path]:
             yield from (stage.path.relative_to(bundle.path) / file for file in bundle_files(stage, with_weights=with_weights))
 
 
-def _served_device(device: str) -> str:
+def _served_device(device: str, backend: Backend) -> str:
     """Where instances live; "cuda" stands for every GPU the server will see."""
+    if device == "auto":
+        device = {"openvino": "cpu", "tensorrt": "cuda", "tensorrt-rtx": "cuda"}.get(backend, device)
     concrete = resolve_device(device)
     return "cuda" if concrete.startswith("cuda") and device in ("auto", "cuda") else concrete
 
@@ -181,13 +183,6 @@ def _is_same(source: Path, copy: Path) -> bool:
     return source.stat().st_size == copy.stat().st_size and sha256(source) == sha256(copy)
 
 
-def _write_bundle(version: Path, bundle: Bundle, files: Sequence[Path]) -> None:
-    with staged_folder(version) as folder:
-        for file in files:
-            _link_or_copy((bundle.path / file).resolve(), folder / "bundle" / file)
-        (folder / "model.py").write_text(_model_py("pipeline"), encoding="utf-8")
-
-
 def _link_or_copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.suffix in _LINKED:
@@ -201,35 +196,48 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _with_history(export: Export, root: Path, version: int, earlier: Sequence[int]) -> Export:
-    """The export with the fingerprints of this version and of the one before, which patch models keep."""
-    shas = {}
-    before = None
-    for number in earlier[-1:]:
+    """The export with the fingerprints of all versions, and the bundle of the one before, which patch models keep."""
+    shas, before = {}, None
+    for number in earlier:
         try:
             before = Bundle.open(root / export.name / str(number) / "bundle")
             shas[str(number)] = before.fingerprint
-        except (SpecError, OSError):  # it was taken away: nothing will run it
+        except (SpecError, OSError):  # it was taken away: nothing can run it
             before = None
     return replace(export, shas={**shas, str(version): export.bundle.fingerprint}, earlier=before)
 
 
-def _write_models(export: Export, root: Path, version: int) -> None:
-    """Write model.py of every model and then the configurations, without which a server loads nothing of it."""
-    roles: dict[str, Role] = {export.name: "pipeline"}
-    roles |= {f"{export.name}{BLS_SUFFIX}": "bls", f"{export.name}{STREAM_SUFFIX}": "stream"}
-    configs: dict[str, Message] = {network.model: patch_config(export, network) for network in export.networks}
-    configs |= {model: pipeline_config(export, role, model) for model, role in reversed(roles.items())}
-    for model in configs:
-        if not (root / model / str(version)).is_dir():
-            with staged_folder(root / model / str(version)) as folder:
-                (folder / "model.py").write_text(_model_py(roles.get(model, "patch")), encoding="utf-8")
+def _write_configs(export: Export, root: Path, version: int) -> None:
+    """Write every config.pbtxt and what lies beside it.
+
+    Before the version's folder: a server that watches the repository finds each version with a configuration that knows it.
+    """
+    configs = {network.model: patch_config(export, network) for network in export.networks}
+    configs |= {model: pipeline_config(export, role, model) for model, role in _pipelines(export.name).items()}
+    for model, config in configs.items():
+        _write_changed(root / model / "config.pbtxt", (_header(export.name) + to_text(config)).encode())
     for file, content in warmup_files(export.bundle.spec).items():
         _write_changed(root / export.name / "warmup" / file, content)
     for network in export.networks:
         for file, text in native_files(export, network, version).items():
             _write_changed(root / network.model / "native" / file, text.encode())
-    for model, config in configs.items():
-        _write_changed(root / model / "config.pbtxt", (_header(export.name) + to_text(config)).encode())
+
+
+def _write_versions(export: Export, root: Path, version: int, files: Sequence[Path]) -> None:
+    """Write the version's folders that are not there: the bundle's first, then the patch models' before those that call them."""
+    pipelines = _pipelines(export.name)
+    for model in [export.name, *(network.model for network in export.networks), *pipelines]:
+        if (root / model / str(version)).is_dir():
+            continue
+        with staged_folder(root / model / str(version)) as folder:
+            for file in files if model == export.name else ():
+                _link_or_copy((export.bundle.path / file).resolve(), folder / "bundle" / file)
+            (folder / "model.py").write_text(_model_py(pipelines.get(model, "patch")), encoding="utf-8")
+
+
+def _pipelines(name: str) -> dict[str, Role]:
+    """Models that answer whole images: name -> role."""
+    return {name: "pipeline", f"{name}{BLS_SUFFIX}": "bls", f"{name}{STREAM_SUFFIX}": "stream"}
 
 
 def _model_py(role: Role) -> str:

@@ -318,7 +318,7 @@ def test_a_real_process_prints_no_traceback(tmp_path: Path) -> None:
     ("module", "files"),
     [
         (predict_command, ("test_cli.py", "test_prune.py", "../e2e/test_pictures.py")),
-        (build_command, ("test_cli_build.py", "test_prune.py")),
+        (build_command, ("test_cli_build.py", "test_prune.py", "test_triton_repository.py")),
     ],
 )
 def test_every_flag_has_a_test(module: Any, files: tuple[str, ...]) -> None:
