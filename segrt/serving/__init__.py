@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"RemotePredictor": "remote", "Connection": "connection", "Tls": "connection", "Server": "server", "ServerOptions": "server"}
+_PUBLIC = {"RemotePredictor": "remote", "Connection": "connection", "Tls": "connection", "Server": "server", "ServerOptions": "options"}
 __all__ = [*_PUBLIC]
 
 

@@ -77,6 +77,8 @@ class ServerOptions:
     def shows(self, line: str) -> bool:
         """Whether a line of tritonserver's log (I1120 18:36:00...) is of the level asked for; lines of the models always are."""
         level = {"E": 0, "W": 1, "I": 2}.get(line[:1], 0) if line[1:5].isdigit() else 0
+        if not line or line.startswith(("+-", "| ")):  # tables of what it found
+            level = 2
         return level <= LOG_LEVELS.index(self.log_level)
 
     def with_free_ports(self) -> ServerOptions:
@@ -120,6 +122,8 @@ class ServerOptions:
             f"--backend-config=python,shm-region-prefix-name={region}",
             # opening an engine may take minutes; the default is half of one
             f"--backend-config=python,stub-timeout-seconds={int(self.ready_s)}",
+            # on a machine without a GPU each is a warning at every start
+            *([] if Path("/dev/nvidiactl").exists() else ["--pinned-memory-pool-byte-size=0", "--allow-gpu-metrics=false"]),
             *self.arguments,
         ]
 

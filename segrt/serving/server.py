@@ -31,7 +31,7 @@ from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
-_POLL_S, _ATTEMPTS, _KEPT_LINES, _UNLOAD_S = 0.1, 5, 500, 15.0
+_POLL_S, _ATTEMPTS, _KEPT_LINES, _UNLOAD_S = 0.1, 5, 1000, 15.0
 _BUSY = ("address already in use", "failed to bind", "unable to bind", "failed to start")
 _REQUESTS_DONE = "All models are stopped, unloading models"
 # straight to it: a proxy for the outside is no way to our own process
@@ -101,6 +101,11 @@ class Server:
     def log(self) -> str:
         """The last lines the server logged, of every level."""
         return "\n".join(list(self._lines))
+
+    @property
+    def reason(self) -> str:
+        """The line of the log that says why it ended."""
+        return _reason(list(self._lines))
 
     @property
     def pid(self) -> int:
@@ -243,11 +248,9 @@ class Server:
         while not self._is_ready():
             if not self.is_running:
                 self._join_log()
-                raise BackendError(f"tritonserver ended with code {self.wait()} before it was ready: {_reason(list(self._lines))}")
+                raise BackendError(f"tritonserver ended with code {self.wait()} before it was ready: {self.reason}")
             if time.monotonic() > until:
-                raise BackendError(
-                    f"tritonserver was not ready after {self.options.ready_s:g} s (ready_s, --ready-timeout): {_reason(list(self._lines))}"
-                )
+                raise BackendError(f"tritonserver was not ready after {self.options.ready_s:g} s (ready_s, --ready-timeout): {self.reason}")
             time.sleep(_POLL_S)
 
     def _is_ready(self) -> bool:
@@ -313,5 +316,7 @@ def _end_with_parent() -> Callable[[], object] | None:
 
 def _reason(lines: list[str]) -> str:
     """The line of the log that says why, without its prefix of time and place."""
+    # an argument it does not know makes it print all it does know
+    usage = [line.split("tritonserver: ", 1)[1] for line in lines if "tritonserver: " in line]
     failures = [line for line in lines if line.startswith("E") or "failed" in line.lower() or "error" in line.lower()]
-    return (failures or lines or ["it logged nothing"])[-1].split("] ", 1)[-1].strip('"')
+    return (usage or failures or lines or ["it logged nothing"])[-1].split("] ", 1)[-1].strip('"')
