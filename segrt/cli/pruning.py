@@ -86,7 +86,7 @@ def show_levels(
         print(
             "no Dice, and so no recommendation: name images and their masks with --images and --labels"
             if validation is None
-            else f"no recommendation: in {pruning.validation} there is nothing to find, and a level found nothing"
+            else f"no recommendation: in {pruning.validation} there is nothing to find; check the masks, and --mask-threshold"
         )
         return
     print(f"recommended: {pruning.recommended}, the smallest level that loses at most {pruning.max_drop:g} of Dice")

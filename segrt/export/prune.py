@@ -180,12 +180,12 @@ def measure_levels(
 
 
 def recommend(levels: Sequence[Level], max_drop: float) -> str | None:
-    """Give the name of the first level whose Dice is at most `max_drop` below the last one's; None where there are no scores."""
-    scored = [(level.name, level.score.dice) for level in levels if level.score is not None and not math.isnan(level.score.dice)]
-    if not scored or len(scored) < len(levels):
+    """Give the name of the first level whose Dice is at most `max_drop` below the last one's; None without cases that have a structure."""
+    scores = [level.score for level in levels if level.score is not None]
+    if len(scores) < len(levels) or any(math.isnan(score.where_present) for score in scores):
         return None
-    least = scored[-1][1] - max_drop
-    return next(name for name, dice in scored if dice >= least)
+    least = scores[-1].dice - max_drop
+    return next(level.name for level, score in zip(levels, scores, strict=True) if score.dice >= least)
 
 
 def _cost(bundle: Bundle) -> tuple[int, float]:

@@ -136,13 +136,20 @@ def in_folders(
     for case in find_cases(images, channels):
         if mask_suffix and case.files[0].name.endswith(mask_suffix):
             continue  # images and masks may share a folder
-        file = root / f"{case.name}{mask_suffix}" if mask_suffix else find_labels(root, case.name)
+        file = root / f"{case.name}{mask_suffix}" if mask_suffix else _same_name(root, case.name)
         if not file.is_file():
             raise InputError(f"{file}: image {case.files[0].name} has no such mask; check --labels and --mask-suffix")
         cases.append(ScoredCase(case.name, case.files, file))
     if not cases:
         raise InputError(f"{images}: holds only files that end with {mask_suffix}; expected images")
     return Validation(tuple(cases), f"{len(cases)} cases of {Path(images).name}", threshold)
+
+
+def _same_name(root: Path, name: str) -> Path:
+    try:
+        return find_labels(root, name)
+    except InputError as err:
+        raise InputError(f"{err}; where names of masks end otherwise, say how with --mask-suffix") from err
 
 
 def score(bundles: Sequence[Bundle], validation: Validation, options: Mapping[str, Any], progress: ProgressFn | None = None) -> list[Score]:
