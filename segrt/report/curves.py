@@ -11,6 +11,7 @@ import numpy as np
 
 from ..arrays import Array, require
 from ..errors import InputError
+from .text import legend_text, plain_text
 
 Rows = list[dict[str, str]]
 _POINTS = 400  # of a curve; a longer training is averaged down to them
@@ -27,6 +28,7 @@ def read_rows(path: Path) -> Rows:
     return [row for row in rows if None not in row and None not in row.values() and row.get("iteration", "").isdigit()]
 
 
+@plain_text()
 def write_curves(path: str | Path, runs: Mapping[str, str | Path]) -> None:
     """Write a picture with four panels.
 
@@ -74,6 +76,7 @@ def write_curves(path: str | Path, runs: Mapping[str, str | Path]) -> None:
     figure.savefig(path, dpi=100)
 
 
+@plain_text()
 def write_comparison(path: str | Path, runs: Mapping[tuple[str, str], Sequence[Path]]) -> None:
     """Write a picture of a study: loss and validation Dice of all runs, over iterations on the left and over training time on the right.
 
@@ -99,7 +102,7 @@ def write_comparison(path: str | Path, runs: Mapping[tuple[str, str], Sequence[P
     for (model, optimizer), folders in runs.items():
         look = {"color": f"C{optimizers.index(optimizer)}", "linestyle": ("-", "--", ":", "-.")[models.index(model) % 4]}
         for number, folder in enumerate(folders):
-            label = f"{model}, {optimizer}" if number == 0 else None
+            label = legend_text(f"{model}, {optimizer}") if number == 0 else None
             rows, checks = read_rows(folder / "training.csv"), read_rows(folder / "validation.csv")
             minutes = np.cumsum([0.0, *(float(row["batch_cost"]) for row in rows)]) / 60
             for column, scale in enumerate((np.arange(len(minutes)), minutes)):
@@ -130,7 +133,7 @@ def _draw(panel: Any, rows: Rows, column: str, label: str, *, style: str = "-", 
     points = [(int(row["iteration"]), float(row[column])) for row in rows if row.get(column)]
     if points:
         x, y = _thin(points)
-        panel.plot(x, y, style, label=label, alpha=alpha, linewidth=1.2, marker="." if len(x) == 1 else None)
+        panel.plot(x, y, style, label=legend_text(label), alpha=alpha, linewidth=1.2, marker="." if len(x) == 1 else None)
 
 
 def _thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import Array, Spacing3, require
 from ..errors import InputError
+from .text import plain_text
 
 # Each organ keeps its colour in every picture; neighbours in the body differ clearly.
 # fmt: off
@@ -21,6 +22,7 @@ COLOURS = (
 _PLANES = {"axial": 0, "coronal": 1}
 
 
+@plain_text()
 def write_overlay(
     path: str | Path,
     image: Array,

@@ -10,10 +10,12 @@ import numpy as np
 from ..arrays import Array, require
 from ..errors import InputError
 from .overlay import draw_legend
+from .text import plain_text
 
 _COLUMNS = 4
 
 
+@plain_text()
 def write_sheet(path: str | Path, cells: Sequence[tuple[str, Array, Array]], legend: Mapping[str, str], *, what: str) -> None:
     """Write a page, four cases in a row.
 

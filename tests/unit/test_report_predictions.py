@@ -9,7 +9,8 @@ import pytest
 
 from segrt.errors import InputError
 from segrt.metrics import overlaps
-from segrt.report.overlay import COLOURS, legend_of
+from segrt.report.curves import write_comparison, write_curves
+from segrt.report.overlay import COLOURS, legend_of, write_overlay
 from segrt.report.predictions import colour_errors, overlap_of, spread, write_errors, write_overview
 from segrt.report.sheet import displayed
 
@@ -51,6 +52,19 @@ def test_pages(tmp_path: Path) -> None:
     write_overview(tmp_path / "b.png", [("case", image[:1], FOUND[None])], {1: "tumour", 2: "oedema"})
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", [r"a$\b{$c", "$$", "x$^$", "画像 🫀", "two\nlines", "_none", ""])
+def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
+    """A formula to matplotlib, which refuses some of them, or letters its font lacks, of which it warns."""
+    image = np.zeros((1, 1, 2, 3), np.uint8)
+    write_overview(tmp_path / "a.png", [(name, image, FOUND[None])], {1: name, 2: "$"})
+    write_overlay(tmp_path / "b.png", image[0], {name: FOUND[None]}, {1: name}, spacing=(1.0, 1.0, 1.0), title=name)
+    (tmp_path / "training.csv").write_text("iteration,loss,dice,lr,batch_cost,reader_cost\n1,1,1,1,1,1\n")
+    (tmp_path / "validation.csv").write_text(f'iteration,loss,dice,average,"{name}",IoU\n1,1,1,1,1,1\n')
+    write_curves(tmp_path / "c.png", {name: tmp_path})
+    write_comparison(tmp_path / "d.png", {(name, "sgd"): [tmp_path]})
+    assert all((tmp_path / f"{picture}.png").is_file() for picture in "abcd")
 
 
 def test_a_legend_ends_where_its_colours_begin_again() -> None:
