@@ -19,7 +19,7 @@ from .pairs import name_candidates, split_pair, validate_candidate
 from .processes import rank, wait_for_all
 from .select import choose_best, choose_postprocess
 from .splits import covering_folds, split_of
-from .start import check_once, choose_device, measure_once, plan_once, prepare_cases, record_split
+from .start import check_once, check_writable, choose_device, measure_once, plan_once, prepare_cases, record_split
 from .work import Trained, Work, in_turn, labels_of
 
 
@@ -72,6 +72,7 @@ def train_model(
     target = Path(output)
     if not (plan_only or prepare_only):
         check_replaceable(target, force=force)
+        check_writable(target.parent, "output")
     dataset = source if isinstance(source, Dataset) else open_dataset(source, **(dataset_options or {}))
     for fold in config.folds:
         split_of(dataset, config, fold)  # what cannot be split is said before anything is read
@@ -80,6 +81,7 @@ def train_model(
         config = config.model_copy(update={"precision": "fp16" if device.type == "cuda" else "fp32"})
     folder = Path(work) if work else target.with_name(target.name + ".train")
     place = Work(folder, dataset, config, device, Path(shared) if shared else folder, show or Show())
+    check_writable(folder, "work folder")
     if rank() == 0:
         write_atomic(place.folder / "config.json", config.to_json())
         for name, text in (reports or {}).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ from .prepare import prepare
 from .splits import Split
 from .v1_plan import plan_nnunet_v1
 from .work import Work
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Raise an InputError unless files can be made in a folder, which is made when missing: later it would cost a whole training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError) as err:
+        raise InputError(f"{folder} is no folder, or lies in a file; choose another {what}") from err
+    except OSError as err:
+        raise InputError(f"nothing can be written into {folder} ({err.strerror or err}); choose another {what}") from err
 
 
 def check_once(place: Work) -> CheckReport:

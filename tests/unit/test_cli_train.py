@@ -265,6 +265,15 @@ def test_an_existing_bundle_is_kept(run: Run, data: Path) -> None:
     assert "exists and is not a bundle" in refusal(run(data, "-o", "other", "--force"))
 
 
+def test_folders_that_cannot_be_are_refused_before_anything_is_read(run: Run, data: Path) -> None:
+    Path("file").write_text("")
+    assert refusal(run(data, "-o", "file")).startswith("error: file: exists and is not a bundle")
+    assert refusal(run(data, "-o", "file/m")) == "error: file is no folder, or lies in a file; choose another output"
+    assert refusal(run(data, "-o", "file/a/m")) == "error: file/a is no folder, or lies in a file; choose another output"
+    assert refusal(run(data, "-o", "m", "--work", "file")) == "error: file is no folder, or lies in a file; choose another work folder"
+    assert refusal(run(data, "-o", "/proc/m")).startswith("error: nothing can be written into /proc (")
+
+
 def test_verbose_logs(run: Run, data: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     monkeypatch.setattr(train_command, "configure_logging", lambda *, verbose: seen.append(verbose))
