@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 
 from ..bundle import Bundle
 from ..errors import InputError
 from ..memory import available_bytes, case_bytes
+from ..slabs import working_shape
+from ..spec import ModelSpec
 from ..volume import Grid
+from ..windows import count_starts
 
 # what an image takes at least while it is read, moved and normalised
 _BYTES_PER_VOXEL = 16
 # nothing that a scanner or a microscope makes is coarser, and products of larger numbers leave the range of floats
 _LARGEST_MM = 1e6
-# smaller steps only cost: a thousand windows over every voxel
-SMALLEST_STEP = 0.05
+# a whole-body CT at a quarter of a window takes some ten thousand; their plan alone would take seconds and gigabytes beyond this
+_MOST_WINDOWS = 2**19
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,16 @@ class Limits:
                 f"{name} announces {sizes} voxels, this server takes at most {self.voxels} in all; crop it, or send it in coarser voxels"
             )
 
-    def check_memory(self, name: str, bundle: Bundle, grid: Grid, itemsize: int, *, probabilities: bool, step: float | None) -> None:
-        """Refuse an image that would not fit while it is worked on: a small one grows when its spacing is coarser than the model's.
+    def check_work(self, name: str, bundle: Bundle, grid: Grid, itemsize: int, *, probabilities: bool, step: float | None) -> None:
+        """Refuse an image that would take too much while it is worked on: a small one grows when its spacing is coarser than the model's.
 
         Raises
         ------
         InputError
             With what is needed and what there is.
         """
-        if not all(isfinite(mm) and mm <= _LARGEST_MM for mm in grid.spacing):
+        if max(grid.spacing) > _LARGEST_MM:
             raise InputError(f"{name} has a spacing of {grid.spacing} mm, expected at most {_LARGEST_MM:g}")
-        if step is not None and step < SMALLEST_STEP:
-            raise InputError(f"option 'step': expected {SMALLEST_STEP} or more on a server, got {step}")
         partner = bundle.partner.spec if bundle.partner else None
         needed = case_bytes(bundle.spec, grid, itemsize, probabilities=probabilities, step=step, partner=partner)
         if self.bytes and needed > self.bytes:
@@ -73,3 +74,13 @@ class Limits:
                 f"{name} needs {needed / 2**30:.1f} GB while it is worked on, this server has {self.bytes / 2**30:.1f}; "
                 f"its spacing is {grid.spacing} mm: check it, crop the image, or send coarser voxels"
             )
+        windows = max(_count_windows(spec, grid, step) for spec in (bundle.spec, *([partner] if partner else [])))
+        if windows > _MOST_WINDOWS:
+            raise InputError(f"{name} takes {windows} windows, this server runs at most {_MOST_WINDOWS}; ask for a larger step, or crop it")
+
+
+def _count_windows(spec: ModelSpec, grid: Grid, step: float | None) -> int:
+    """Windows of an image that is not cropped."""
+    chosen = spec.inference.step if step is None else step
+    sides = zip(working_shape(spec, grid), spec.inference.patch, strict=True)
+    return prod(count_starts(max(side, patch), patch, chosen) for side, patch in sides)

@@ -48,7 +48,7 @@ def read_request(tensors: Mapping[str, Array], options: RequestOptions, bundle: 
     """
     _check_format(options)
     volume = _image(tensors, options, bundle, limits)
-    limits.check_memory(volume.name, bundle, volume.grid, volume.data.itemsize, probabilities=options.probabilities, step=options.step)
+    limits.check_work(volume.name, bundle, volume.grid, volume.data.itemsize, probabilities=options.probabilities, step=options.step)
     previous = tensors.get(PREVIOUS)
     return Asked(volume, None if previous is None else np.array(previous))
 

@@ -1,0 +1,233 @@
+"""What a served model makes of a request, without a server: images, limits, options, answers, and engines opened once."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from factories import CountingEngine, banded, make_bundle, make_spec, nearest, write_case
+
+from segrt.arrays import Array
+from segrt.bundle import Bundle
+from segrt.engines import Engine
+from segrt.errors import BackendError, InputError, SpecError
+from segrt.io import read_volume
+from segrt.io.peek import count_voxels
+from segrt.predictor import Predictor
+from segrt.protocol import Report, RequestOptions
+from segrt.serving.answers import answer
+from segrt.serving.attention import Abandoned, Attention, outcome_of
+from segrt.serving.files import plain_name
+from segrt.serving.limits import Limits
+from segrt.serving.predictors import Predictors
+from segrt.serving.requests import read_request
+from segrt.serving.windows import Watched
+from segrt.spec import Channel, NoNorm, PreviousStage, SpacingTarget
+from segrt.volume import Grid
+
+ROOMY = Limits(voxels=10**6, bytes=2**34)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "bundle")
+
+
+def file_tensors(*paths: Path) -> dict[str, Array]:
+    contents = [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
+    return {"FILE": np.concatenate(contents), "FILE_SIZES": np.array([len(part) for part in contents])}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("IMAGE", np.float32), ("IMAGE_INT16", np.int16)])
+def test_an_array_keeps_its_type_and_place_and_is_copied(bundle: Bundle, name: str, dtype: type) -> None:
+    data = banded((4, 5, 6)).astype(dtype)[None]
+    data.flags.writeable = False
+    turned = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    tensors = {name: data, "SPACING": np.array([3.0, 2.0, 1.0]), "ORIGIN": np.array([7.0, 8.0, 9.0]), "DIRECTION": turned}
+    asked = read_request(tensors, RequestOptions(), bundle, ROOMY)
+    np.testing.assert_array_equal(asked.volume.data, data)
+    assert asked.volume.data.dtype == dtype
+    assert asked.volume.data.flags.writeable
+    # the first column of the direction is the image's x axis
+    assert asked.volume.grid == Grid((4, 5, 6), (3.0, 2.0, 1.0), (7.0, 8.0, 9.0), ((0.0, -1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)))
+    assert asked.previous is None
+
+
+def test_a_picture_s_array_has_a_picture_s_spacing(bundle: Bundle) -> None:
+    asked = read_request({"IMAGE": np.ones((1, 1, 5, 6), np.float32)}, RequestOptions(), bundle, ROOMY)
+    assert asked.volume.grid.spacing == (999.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_a_file_is_what_its_bytes_say(bundle: Bundle, tmp_path: Path, suffix: str) -> None:
+    """The name is for sentences alone."""
+    path = write_case(tmp_path / f"case{suffix}", banded((4, 5, 6)), (3.0, 2.0, 1.0), origin=(1.0, 2.0, 3.0))
+    asked = read_request({"FILE": file_tensors(path)["FILE"]}, RequestOptions(name="/else/where.png"), bundle, ROOMY)
+    expected = read_volume(path)
+    np.testing.assert_array_equal(asked.volume.data, expected.data)
+    assert asked.volume.grid == expected.grid
+    assert asked.volume.name.startswith("where.")
+
+
+def test_a_file_per_channel_is_joined(tmp_path: Path) -> None:
+    channels = tuple(Channel(name=name, normalization=NoNorm()) for name in ("T1", "T2"))
+    bundle = make_bundle(tmp_path / "bundle", make_spec(channels=channels))
+    paths = [write_case(tmp_path / f"x_{n:04d}.nii.gz", banded((4, 5, 6), seed=n)) for n in range(2)]
+    asked = read_request(file_tensors(*paths), RequestOptions(), bundle, ROOMY)
+    np.testing.assert_array_equal(asked.volume.data, read_volume(paths).data)
+    with pytest.raises(InputError, match=r"has 1 channel, model needs 2 \(T1, T2\)"):
+        read_request(file_tensors(paths[0]), RequestOptions(), bundle, ROOMY)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("case_7.nii.gz", "case_7"),
+        ("../../etc/passwd", "passwd"),
+        (r"C:\scans\a b.mha", "a b"),
+        ("..", "image"),
+        ("", "image"),
+        ("a\nb\0c", "a_b_c"),
+        ("ü" * 255, "ü" * 60),
+        (".nii.gz", "nii.gz"),
+    ],
+)
+def test_a_name_is_never_a_path(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
+def test_what_a_header_announces_is_refused_before_it_is_read(bundle: Bundle, tmp_path: Path) -> None:
+    """A million million voxels compress well enough for a header to be believed."""
+    content = bytearray(write_case(tmp_path / "case.nii", banded((4, 5, 6))).read_bytes())
+    struct.pack_into("<4h", content, 40, 3, 10_000, 10_000, 10_000)
+    for file in (bytes(content), gzip.compress(content + bytes(2**24))):
+        with pytest.raises(InputError, match="announces 10000 x 10000 x 10000"):
+            read_request({"FILE": np.frombuffer(file, np.uint8)}, RequestOptions(), bundle, ROOMY)
+
+
+def test_all_axes_and_components_of_a_file_count(tmp_path: Path) -> None:
+    picture = write_case(tmp_path / "x.png", banded((1, 5, 6)).astype(np.uint8), dimensions=2)
+    assert np.prod(count_voxels(picture)) == 30
+    content = bytearray(write_case(tmp_path / "x.nii", banded((4, 5, 6))).read_bytes())
+    struct.pack_into("<5h", content, 40, 4, 6, 5, 2, 2)
+    (tmp_path / "x.nii").write_bytes(content)
+    assert np.prod(count_voxels(tmp_path / "x.nii")) == 120
+    assert np.prod(count_voxels(write_case(tmp_path / "x.nrrd", banded((4, 5, 6))))) == 120
+    assert np.prod(count_voxels(write_case(tmp_path / "x.mha", banded((4, 5, 6))))) == 120
+
+
+def test_an_image_that_would_grow_is_refused(tmp_path: Path) -> None:
+    """A few voxels of a metre each are many millimetres."""
+    bundle = make_bundle(tmp_path / "bundle", make_spec(target=SpacingTarget(spacing=(1.0, 1.0, 1.0))))
+    image = {"IMAGE": np.ones((1, 8, 8, 8), np.float32)}
+    read_request({**image, "SPACING": np.ones(3)}, RequestOptions(), bundle, ROOMY)
+    with pytest.raises(InputError, match=r"needs .* GB while it is worked on, this server has 16.0; its spacing is"):
+        read_request({**image, "SPACING": np.full(3, 1000.0)}, RequestOptions(), bundle, ROOMY)
+    with pytest.raises(InputError, match=r"takes [0-9]+ windows"):
+        read_request({**image, "SPACING": np.full(3, 40.0)}, RequestOptions(step=0.01), bundle, ROOMY)
+    with pytest.raises(InputError, match="announces 1 x 8 x 8 x 8 voxels, this server takes at most 511"):
+        read_request({**image, "SPACING": np.ones(3)}, RequestOptions(), bundle, Limits(511, 0))
+
+
+def test_limits_follow_the_machine_unless_they_are_given() -> None:
+    assert Limits.here(1000).voxels == 1000
+    assert Limits.here().voxels > 10**6
+
+
+def test_a_request_nobody_waits_for_is_abandoned() -> None:
+    now = [0.0]
+    attention = Attention(lambda: False, 5.0, clock=lambda: now[0])
+    attention.check()
+    now[0] = 5.1
+    with pytest.raises(Abandoned, match="gave up after 5 s") as late:
+        attention.check()
+    with pytest.raises(Abandoned, match="was cancelled") as cancelled:
+        Attention(lambda: True).check()
+    Attention(lambda: False).check()
+    assert outcome_of(late.value)[:2] == ("late", "UNAVAILABLE")
+    assert outcome_of(cancelled.value)[:2] == ("cancelled", "CANCELLED")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (InputError("a"), ("refused", "INVALID_ARG", "a")),
+        (SpecError("a"), ("refused", "INVALID_ARG", "a")),
+        (BackendError("a"), ("failed", "UNAVAILABLE", "a")),
+    ],
+)
+def test_a_sentence_of_ours_reaches_the_client(error: Exception, outcome: tuple[str, str, str]) -> None:
+    assert outcome_of(error) == outcome
+
+
+def test_what_went_wrong_inside_stays_inside() -> None:
+    assert outcome_of(KeyError("secret"))[1:] == ("INTERNAL", "the server failed on this image (KeyError); its log says more")
+    assert outcome_of(MemoryError())[:2] == ("failed", "UNAVAILABLE")
+
+
+class Opener:
+    """Opens function engines and remembers for what."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.engines: list[CountingEngine] = []
+
+    def __call__(self, bundle: Bundle, member: str) -> Engine:
+        self.asked.append((bundle.path.name, member))
+        self.engines.append(CountingEngine(nearest(range(bundle.spec.classes))))
+        return self.engines[-1]
+
+
+def test_engines_are_opened_once_whatever_is_asked_for(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", make_spec(members=("0", "1"), mirror_axes=(1,)))
+    opener, image = Opener(), (banded((9, 10, 11)), (1.0, 1.0, 1.0))
+    predictors = Predictors(bundle, opener)
+    for options in ({}, {"tta": False}, {"step": 0.9}, {"postprocess": False}):
+        found = predictors.choose(RequestOptions(**options))(image, probabilities=True)
+        expected = Predictor(bundle, device="cpu", **options)(image, probabilities=True)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+    assert predictors.choose(RequestOptions(name="other", timeout_s=3)) is predictors.choose(RequestOptions())
+    for number in range(100):
+        predictors.choose(RequestOptions(step=0.5 + number / 1000))
+    assert opener.asked == [("bundle", "0"), ("bundle", "1")]
+    predictors.close()
+    assert [engine.closed for engine in opener.engines] == [1, 1]
+
+
+def test_a_first_stage_s_engines_are_opened_once_too(tmp_path: Path) -> None:
+    first = make_bundle(tmp_path / "first")
+    spec = make_spec(previous=PreviousStage(values=(1, 2)))
+    bundle, opener = make_bundle(tmp_path / "second", spec, previous=first), Opener()
+    predictors = Predictors(bundle, opener)
+    for options in ({}, {"tta": False}, {"step": 0.9}):
+        predictors.choose(RequestOptions(**options))((banded((9, 10, 11)), (1.0, 1.0, 1.0)))
+    assert opener.asked == [("second", "0"), ("previous", "0")]
+
+
+def test_a_watched_engine_stops_before_it_runs() -> None:
+    engine, gone = CountingEngine(nearest(range(3)), batch=2), [False]
+    attention = Attention(lambda: gone[0])
+    watched = Watched(engine, attention.check)
+    patches = np.ones((2, 1, 8, 8, 8), np.float32)
+    np.testing.assert_array_equal(watched(patches), engine(patches))
+    assert (watched.batch, watched.device, watched.name) == (2, "cpu", "function")
+    gone[0] = True
+    with pytest.raises(Abandoned):
+        watched(patches)
+    assert engine.calls == [2, 2]
+
+
+def test_only_what_is_wanted_is_answered(bundle: Bundle) -> None:
+    segmentation = Predictor(bundle, device="cpu")((banded((9, 10, 11)), (3.0, 2.0, 1.0)), probabilities=True)
+    everything = ("LABELS", "PROBABILITIES", "LABEL_FILE", "REPORT")
+    how: dict[str, Any] = {"bundle_sha": "abc", "version": "2"}
+    assert set(answer(segmentation, RequestOptions(), bundle.spec, everything, **how)) == {"LABELS", "PROBABILITIES", "REPORT"}
+    assert set(answer(segmentation, RequestOptions(format=".nii"), bundle.spec, ["LABEL_FILE"], **how)) == {"LABEL_FILE"}
+    report = Report.model_validate_json(answer(segmentation, RequestOptions(), bundle.spec, everything, **how)["REPORT"].tobytes())
+    assert (report.bundle_sha, report.version, report.spacing) == ("abc", "2", (3.0, 2.0, 1.0))
+    assert report.voxels == segmentation.voxels()
