@@ -2,9 +2,10 @@
 
     python benchmarks/frames.py [BUNDLE] [--frames 1000] [--level L1] [--toy]
 
-BUNDLE is a 2-D UNet++ that has the level; without one, random weights of the published width are built (the time is the same). The eager
-network gets prepared frames and its logits are thresholded, as a plain script does; segrt's time has everything from the camera's array
-to the label array. nnU-Net's 0.5 s is what a user reported for 2-D frames in real time (MIC-DKFZ/nnUNet#2027).
+BUNDLE is a 2-D UNet++ that has the level, and frames are as large as its patch; without one, random weights of the published width are
+built (the time is the same). The eager network gets frames normalised as the bundle says and its logits are thresholded, as a plain
+script does; segrt's time has everything from the camera's array to the label array. nnU-Net's 0.5 s is what a user reported for 2-D frames
+in real time (MIC-DKFZ/nnUNet#2027).
 """
 
 from __future__ import annotations
@@ -62,13 +63,14 @@ def make_bundle(path: Path, side: int, width: float, level: str) -> Bundle:
     return bundle
 
 
-def camera(count: int, side: int) -> Iterator[Any]:
-    """Smooth moving colours with noise, (Y, X, 3) uint8; a few pictures in turn, so that making them costs nothing."""
-    rng, (y, x) = np.random.default_rng(1), np.mgrid[:side, :side] / side
+def camera(count: int, spec: ModelSpec) -> Iterator[Any]:
+    """Smooth moving colours with noise, (Y, X, C) uint8; a few pictures in turn, so that making them costs nothing."""
+    _, height, width = spec.inference.patch
+    rng, (y, x) = np.random.default_rng(1), np.mgrid[:height, :width] / width
     shown = []
     for n in range(8):
-        waves = [127 + 100 * np.sin(9 * (y + c * x) + n) for c in (0.5, 1, 2)]
-        shown.append((np.stack(waves, 2) + rng.normal(0, 9, (side, side, 3))).clip(0, 255).astype(np.uint8))
+        waves = [127 + 100 * np.sin(9 * (y + 0.5 * 2**c * x) + n) for c in range(len(spec.channels))]
+        shown.append((np.stack(waves, 2) + rng.normal(0, 9, (height, width, len(waves)))).clip(0, 255).astype(np.uint8))
     for n in range(count):
         yield shown[n % len(shown)]
 
@@ -98,12 +100,20 @@ def figures(seconds: list[float]) -> dict[str, float]:
 
 def eager(bundle: Bundle) -> Callable[[Iterator[Any]], Iterator[Any]]:
     """The level's network in torch, frame by frame."""
-    network = load_member(bundle, "0")
+    network = load_member(bundle, bundle.spec.members[0])
+    kinds = {channel.normalization.kind for channel in bundle.spec.channels}
+    if len(kinds) > 1 or not kinds <= {"rgb_0_1", "zscore"}:
+        raise SystemExit(f"{bundle.path}: frames are prepared for torch by rgb_0_1 or zscore, the model has {', '.join(sorted(kinds))}")
 
     def run(frames: Iterator[Any]) -> Iterator[Any]:
         for frame in frames:
             with torch.inference_mode():
-                prepared = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
+                pixels = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+                if kinds == {"rgb_0_1"}:
+                    prepared = pixels / 255
+                else:
+                    std, mean = torch.std_mean(pixels, (2, 3), correction=0, keepdim=True)
+                    prepared = (pixels - mean) / std
                 yield (network(prepared)[0, 0] > 0).numpy()
 
     return run
@@ -115,39 +125,40 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=1000)
     parser.add_argument("--eager-frames", type=int, default=40)
     parser.add_argument("--level", default="L1")
-    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--side", type=int, default=256, help="of frames, where there is no BUNDLE")
     parser.add_argument("--name", default="frames", help="of the file in results/")
     parser.add_argument("--toy", action="store_true", help="small and short, to see that it runs")
     options = parser.parse_args()
     side, count, few, width = (32, 12, 4, 0.125) if options.toy else (options.side, options.frames, options.eager_frames, 1.0)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Bundle.open(options.bundle) if options.bundle else make_bundle(Path(folder) / "bundle", side, width, options.level)
-        results = run(bundle, options.level, side, count, few)
+        results = run(bundle, options.level, count, few)
     for name in ("segrt", "torch_eager", "torch_eager_whole"):
         print(name, {key: round(value, 3) for key, value in results[name].items()})
     print({key: value for key, value in results.items() if key.startswith("times")})
     write_results(options.name, results | environment(), toy=options.toy)
 
 
-def run(bundle: Bundle, level: str, side: int, count: int, few: int) -> dict[str, Any]:
+def run(bundle: Bundle, level: str, count: int, few: int) -> dict[str, Any]:
+    spec = bundle.spec
     pruned = bundle.at_level(level)
     with Predictor(bundle, level=level, device="cpu") as predictor:
         rivals = {"torch_eager": eager(pruned), "torch_eager_whole": eager(bundle)}
-        ours, theirs = (np.stack(list(answer(camera(8, side)))) for answer in (predictor.frames, rivals["torch_eager"]))
+        ours, theirs = (np.stack(list(answer(camera(8, spec)))) for answer in (predictor.frames, rivals["torch_eager"]))
         agreement = float((ours.astype(bool) == theirs).mean())
         assert agreement > 0.9995, f"labels agree on {agreement:.5f} of the pixels only"
         found: dict[str, Any] = {"torch_eager": [], "torch_eager_whole": [], "segrt": []}
         batch, engine = predictor.engines[0].batch, predictor.engines[0].name
         # in four parts, one after the other, so that a busy moment hits all
         for _ in range(4):
-            found["segrt"] += pace(predictor.frames, camera(count // 4, side), batch)
+            found["segrt"] += pace(predictor.frames, camera(count // 4, spec), batch)
             for name, answer in rivals.items():
-                found[name] += pace(answer, camera(max(1, few // 4), side))
+                found[name] += pace(answer, camera(max(1, few // 4), spec))
     results: dict[str, Any] = {name: figures(seconds) for name, seconds in found.items()}
     fast = results["segrt"]["frames_per_s"]
     return results | {
         "level": level,
-        "frame": [side, side, len(bundle.spec.channels)],
+        "frame": [*spec.inference.patch[1:], len(spec.channels)],
         "engine": engine,
         "batch": batch,
         "foreground": float(ours.mean()),

@@ -93,13 +93,14 @@ def _stacks(prepared: Sequence[Worked]) -> Iterator[tuple[FloatArray, list[tuple
 
 def _volume(frame: Array, spec: ModelSpec, spacing: tuple[float, float], name: str) -> Volume:
     frame, channels = np.asarray(frame), len(spec.channels)
+    given = frame.shape
     if frame.ndim == 2:
         frame = frame[None]
     elif frame.ndim == 3 and frame.shape[0] != channels and frame.shape[2] == channels:
         frame = np.moveaxis(frame, 2, 0)  # as cameras and most libraries give colours
     if frame.ndim != 3 or frame.shape[0] != channels or frame.dtype.kind not in "buif":
         expected = "(Y, X)" if channels == 1 else f"({channels}, Y, X) or (Y, X, {channels})"
-        raise InputError(f"{name}: expected real numbers {expected} for model {spec.name!r}, got {frame.dtype} {frame.shape}")
+        raise InputError(f"{name}: expected real numbers {expected} for model {spec.name!r}, got {frame.dtype} {given}")
     if frame.dtype.kind == "f" and not np.isfinite(frame).all():
         raise InputError(f"{name}: holds NaN or infinity")
     _, y, x = frame.shape

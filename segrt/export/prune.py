@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 MAX_DROP = 0.005
 _RUNS, _MOST_RUNS, _SECONDS = 15, 300, 2.0  # of each level, and in all
 _QUARTER = 25
-# how many times faster than L4: read off a figure, for 2-D tasks
-_PUBLISHED = {"L1": 3.5, "L2": 2.4, "L3": 1.5, "L4": 1.0}
+# dimensions -> how many times faster than L4: read off a figure
+_PUBLISHED = {2: {"L1": 3.5, "L2": 2.4, "L3": 1.5, "L4": 1.0}, 3: {"L1": 3.9, "L2": 2.5, "L3": 1.4, "L4": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Level:
     ----------
     parameters : numbers its network computes with
     gflop : floating-point operations of its convolutions on one window, two for each multiplication and addition, in 10^9
+    published : times faster than L4 in the paper's figure
     image_ms : wall time of a whole prediction of one image in memory, all members, that a quarter of the runs stay below
     network_ms : the same of what the network takes
     score : on the validation cases; None without any
@@ -53,6 +54,7 @@ class Level:
     name: str
     parameters: int
     gflop: float
+    published: float
     image_ms: float
     network_ms: float
     score: Score | None
@@ -113,7 +115,7 @@ class Pruning:
                 "ms per image": f"{level.image_ms:.1f}",
                 "network ms": f"{level.network_ms:.1f}",
                 "times faster": f"{self.times_faster(level):.2f}",
-                "in the paper": f"{_PUBLISHED[level.name]:.1f}",
+                "in the paper": f"{level.published:.1f}",
                 "Dice": "" if level.score is None else f"{level.score.dice:.4f}",
                 "IoU": "" if level.score is None else f"{level.score.iou:.4f}",
                 "Dice where present": "" if level.score is None else f"{level.score.where_present:.4f}",
@@ -188,8 +190,8 @@ def recommend(levels: Sequence[Level], max_drop: float) -> str | None:
     return next(level.name for level, score in zip(levels, scores, strict=True) if score.dice >= least)
 
 
-def _cost(bundle: Bundle) -> tuple[int, float]:
-    """Parameters and GFLOP of what a level computes."""
+def _cost(bundle: Bundle) -> tuple[int, float, float]:
+    """Parameters and GFLOP of what a level computes, and the paper's pace of it."""
     require("torch", extra="export")
     from ..networks import build_empty, count_flops, count_parameters
 
@@ -198,7 +200,8 @@ def _cost(bundle: Bundle) -> tuple[int, float]:
         raise BuildError(f"{bundle.path}: has no levels")
     # heads that the fast mode leaves out are in the whole network's file and in no engine
     used = network.model_copy(update={"deep_supervision": False}) if network.mode == "fast" else network
-    return count_parameters(build_empty(used)), count_flops(used, bundle.spec.inference.patch) / 1e9
+    published = _PUBLISHED[network.dimensions][f"L{network.level}"]
+    return count_parameters(build_empty(used)), count_flops(used, bundle.spec.inference.patch) / 1e9, published
 
 
 def _image(bundle: Bundle, sample: str | Path | None, validation: Validation | None) -> Volume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,17 @@ def test_the_simulated_device_gives_the_same(bundle: Bundle) -> None:
         with Predictor(bundle, device=device, backend="onnxruntime", precision="fp32") as predictor:
             found.append(list(predictor.frames(stream, batch=2)))
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_grey_frame_does_not_fit_a_colour_model(tmp_path: Path) -> None:
+    channels = tuple(Channel(name=name, normalization=RGBNorm()) for name in "rgb")
+    bundle = make_bundle(tmp_path / "bundle", make_spec(patch=(1, 16, 16), channels=channels), centres=(0, 0.5, 1))
+    with Predictor(bundle, device="cpu") as predictor:
+        for frame in (np.zeros((16, 18), np.uint8), np.zeros((16, 18, 4), np.uint8)):
+            with pytest.raises(
+                InputError, match=rf"expected real numbers \(3, Y, X\) or \(Y, X, 3\) .*, got uint8 {re.escape(str(frame.shape))}"
+            ):
+                next(predictor.frames([frame]))
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_a_plan_of_another_level_is_not_taken(tmp_path: Path, bundle: Bundle) ->
 
 
 def level(name: str, dice: float | None) -> Level:
-    return Level(name, 1, 1.0, 1.0, 1.0, None if dice is None else Score(dice, dice, dice))
+    return Level(name, 1, 1.0, 1.0, 1.0, 1.0, None if dice is None else Score(dice, dice, dice))
 
 
 @pytest.mark.parametrize(
@@ -305,6 +305,7 @@ def test_the_table_has_every_level_with_its_price(run: Callable[..., Answer]) ->
     assert found["recommended"] == "L4"
     assert found["L1"]["parameters"] == count_parameters(build(TINY.pruned(1)))
     assert all(found[name]["image_ms"] > found[name]["network_ms"] > 0 for name in ("L1", "L2", "L4"))
+    assert [found[name]["published"] for name in ("L1", "L2", "L4")] == [3.5, 2.4, 1.0]
     assert "recommended: L4" in answer.out
     assert "one image of 40 x 36" in answer.out
     assert "Dice over 3 cases of images" in answer.out
