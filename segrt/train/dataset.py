@@ -61,15 +61,20 @@ def open_dataset(
     Raises
     ------
     InputError
-        When there is no such layout, images or label maps are missing, or what the dataset says about itself cannot be right.
+        When there is no such layout, a folder cannot be read, images or label maps are missing, or what the dataset says about itself
+        cannot be right.
     """
     root = Path(path)
     if image_suffix is not None and not isinstance(image_suffix, str) and not image_suffix:
         raise InputError("image_suffix: expected how image names end, such as _image, one for each channel; got none")
-    if masks is None:
-        found, declared, folder = _find(root, image_suffix, label_suffix)
-    else:
-        found, declared, folder = find_masks(root, Path(masks), image_suffix, label_suffix), None, root
+    try:
+        if masks is None:
+            found, declared, folder = _find(root, image_suffix, label_suffix)
+        else:
+            found, declared, folder = find_masks(root, Path(masks), image_suffix, label_suffix), None, root
+    except OSError as err:
+        raise InputError(f"{err.filename or root} cannot be read ({err.strerror or err}); check its name and permissions") from err
+    if masks is not None:
         name = name or (root.resolve().parent.name if root.name in IMAGES else None)
     if channels is None:
         channels = declared.channels if declared else _channel_names(found.cases[0])

@@ -19,12 +19,12 @@ class _Json(Protocol):
 _T = TypeVar("_T", bound=_Json)
 
 
-def kept(folder: Path, name: str, dataset: Dataset, make: Callable[[], _T], load: Callable[[Path], _T]) -> _T:
-    """What `folder`/reports/`name`.json says, when it was made from these files; else made anew and written."""
+def kept(folder: Path, name: str, dataset: Dataset, make: Callable[[], _T], load: Callable[[Path], _T | None]) -> _T:
+    """What `folder`/reports/`name`.json says, when it was made from these files and `load` takes it; else made anew and written."""
     path, mark = folder / "reports" / f"{name}.json", folder / f"{name}.sha256"
     key = digest_of(dataset)
-    if path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == key:
-        return load(path)
+    if path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == key and (found := load(path)) is not None:
+        return found
     value = make()
     mark.unlink(missing_ok=True)
     write_atomic(path, value.to_json())

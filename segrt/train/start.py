@@ -20,6 +20,7 @@ from .patients import find_patients, guess_patients, name_some, torn_patients
 from .plan import plan_nnunet, plan_unetpp, plan_vnet
 from .prepare import prepare
 from .splits import Split
+from .stored import parse_stored, read_stored
 from .v1_plan import plan_nnunet_v1
 from .work import Work
 
@@ -43,7 +44,12 @@ def check_once(place: Work) -> CheckReport:
         place.show.stage(f"checking {len(place.dataset.cases)} cases")
         return check_dataset(place.dataset, workers=place.config.workers, progress=place.show.cases)
 
-    report = kept(place.shared, "dataset", place.dataset, check, lambda path: CheckReport.model_validate_json(path.read_bytes()))
+    def load(path: Path) -> CheckReport | None:
+        # a problem may have gone without a trace in names, sizes and times: a permission, a disk that is back
+        found = parse_stored(CheckReport, read_stored(path), where=str(path))
+        return found if found.ok else None
+
+    report = kept(place.shared, "dataset", place.dataset, check, load)
     report.require_ok()
     for warning in report.warnings:
         place.show.stage(f"warning: {warning}")

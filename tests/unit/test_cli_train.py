@@ -256,6 +256,22 @@ def test_a_dataset_with_a_wrong_label_names_the_file(run: Run, tmp_path: Path) -
     assert "ball_000.nii.gz" in sentence
 
 
+def test_a_problem_that_left_no_trace_is_looked_for_again(run: Run, tmp_path: Path) -> None:
+    """A permission that was given later changes no file's name, size or time: the report of the first run still had the problem."""
+    folder = write_dataset(tmp_path / "data", cases=2)
+    image = folder / "imagesTr" / "ball_000_0000.nii.gz"
+    times, content = image.stat(), image.read_bytes()
+    command = (folder, "--plan-only", "--work", "w", "--workers", "0", "--fold", "all")
+    image.write_bytes(bytes(len(content)))
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "ball_000_0000.nii.gz" in refusal(run(*command))
+    image.write_bytes(content)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run(*command).code == 0
+    Path("w/reports/dataset.json").write_text("{")
+    assert "w/reports/dataset.json: not a readable JSON file" in refusal(run(*command))
+
+
 def test_an_existing_bundle_is_kept(run: Run, data: Path) -> None:
     Path("m").mkdir()
     Path("m/model.json").write_text("{}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,25 @@ def test_what_a_dataset_says_itself_is_not_asked_for(tmp_path: Path) -> None:
         open_dataset(folder, image_suffix=())
     with pytest.raises(InputError, match=r"grey masks hold one structure, .*raw has background, liver, spleen; leave the threshold out"):
         open_dataset(folder, mask_threshold=0)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be read \(File name too long\); check its name and permissions"):
+        open_dataset(tmp_path / ("x" * 300))
+    with pytest.raises(InputError, match=r"cannot be read \(File name too long\)"):
+        open_dataset(tmp_path, masks=tmp_path / ("x" * 300))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize(("part", "mode"), [("", 0), ("imagesTr", 0), ("imagesTr", 0o444), ("labelsTr", 0), ("labelsTr", 0o444)])
+def test_a_folder_without_permission(tmp_path: Path, part: str, mode: int) -> None:
+    folder = nnunet_raw(tmp_path / "raw")
+    (folder / part).chmod(mode)
+    try:
+        with pytest.raises(InputError, match=r"raw.* cannot be read .*Permission denied"):
+            open_dataset(folder)
+    finally:
+        (folder / part).chmod(0o755)
 
 
 def test_nnunet_raw_folders(tmp_path: Path) -> None:
