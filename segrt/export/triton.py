@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,9 @@ from ..protocol import BLS_SUFFIX, STREAM_SUFFIX
 from ..repository import CLASSES, Role, check_target, levels_in
 from .pbtxt import to_text
 from .triton_config import Export, patch_config, pipeline_config, warmup_files
-from .triton_native import native_files
+from .triton_native import native_files, native_models
+
+logger = logging.getLogger(__name__)
 
 # everything that writes these makes a new file, so a second name for them is a copy that takes no room
 _LINKED = (".onnx", ".blob", ".plan", ".safetensors")
@@ -106,8 +109,9 @@ def write_triton(
     new = not newest or not _holds(root / name / str(newest) / "bundle", bundle, files)
     version = newest + 1 if new else newest
     export = _with_history(export, root, version, [number for number in present if number < version])
-    _write_configs(export, root, version)
+    _write_configs(export, root)
     _write_versions(export, root, version, files)
+    _link_networks(export, root, version)
     return Written(root, version, tuple(models), new, _unused(root, name, models))
 
 
@@ -157,7 +161,7 @@ def _check_owned(root: Path, model: str, name: str) -> None:
         raise InputError(f"{folder} holds files that segrt-build did not write; choose another name with --triton-name, or remove it")
 
 
-_OURS = ("native", "warmup")
+_OURS = ("configs", "warmup")
 
 
 def _is_version(path: Path) -> bool:
@@ -207,7 +211,7 @@ def _with_history(export: Export, root: Path, version: int, earlier: Sequence[in
     return replace(export, shas={**shas, str(version): export.bundle.fingerprint}, earlier=before)
 
 
-def _write_configs(export: Export, root: Path, version: int) -> None:
+def _write_configs(export: Export, root: Path) -> None:
     """Write every config.pbtxt and what lies beside it.
 
     Before the version's folder: a server that watches the repository finds each version with a configuration that knows it.
@@ -219,8 +223,8 @@ def _write_configs(export: Export, root: Path, version: int) -> None:
     for file, content in warmup_files(export.bundle.spec).items():
         _write_changed(root / export.name / "warmup" / file, content)
     for network in export.networks:
-        for file, text in native_files(export, network, version).items():
-            _write_changed(root / network.model / "native" / file, text.encode())
+        for file, text in native_files(export, network).items():
+            _write_changed(root / network.model / "configs" / file, text.encode())
 
 
 def _write_versions(export: Export, root: Path, version: int, files: Sequence[Path]) -> None:
@@ -233,6 +237,20 @@ def _write_versions(export: Export, root: Path, version: int, files: Sequence[Pa
             for file in files if model == export.name else ():
                 _link_or_copy((export.bundle.path / file).resolve(), folder / "bundle" / file)
             (folder / "model.py").write_text(_model_py(pipelines.get(model, "patch")), encoding="utf-8")
+
+
+def _link_networks(export: Export, root: Path, version: int) -> None:
+    """Give Triton's own backends the network's files under the names they look for, as links into the served bundle."""
+    for network in export.networks:
+        for name, file in native_models(export, network, version).items():
+            link, target = root / network.model / str(version) / name, Path("..", "..", file)
+            if link.is_symlink() and link.readlink() == target:
+                continue
+            link.unlink(missing_ok=True)
+            try:
+                link.symlink_to(target)
+            except OSError as err:  # a file system without links; our own models do without
+                logger.warning("%s cannot be a link to %s (%s); Triton's own backends need it", link, target, err.strerror or err)
 
 
 def _pipelines(name: str) -> dict[str, Role]:

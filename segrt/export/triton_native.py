@@ -48,8 +48,11 @@ class Native:
     names: tuple[str, str]
 
 
-def native_files(export: Export, network: Network, version: int) -> dict[str, str]:
-    """File name -> text: <platform>.pbtxt for TensorRT, ONNX Runtime and OpenVINO, and a README that says how to take one."""
+def native_files(export: Export, network: Network) -> dict[str, str]:
+    """File name -> text: <platform>.pbtxt for TensorRT, ONNX Runtime and OpenVINO, and a README that says how to take one.
+
+    They lie in the model's folder configs/, where tritonserver looks for what --model-config-name names.
+    """
     bundle = network.bundle_in(export.bundle)
     native = Native(export, network, bundle, tensor_names(bundle, network.member))
     plan = find_any_plan(bundle, network.member, export.precision)
@@ -59,7 +62,17 @@ def native_files(export: Export, network: Network, version: int) -> dict[str, st
         "openvino": openvino_config(native),
     }
     texts = {f"{platform}.pbtxt": to_text(config) for platform, config in configs.items()}
-    return {**texts, "README.md": _readme(native, plan, version)}
+    return {**texts, "README.md": _readme(native, plan)}
+
+
+def native_models(export: Export, network: Network, version: int) -> dict[str, Path]:
+    """File name a backend looks for in the version's folder -> the file in the repository: the ONNX file, and a plan if there is one."""
+    bundle = network.bundle_in(export.bundle)
+    served, plan = Path(export.name, str(version), "bundle", network.stage), find_any_plan(bundle, network.member, export.precision)
+    files = {"model.onnx": bundle.onnx_path(network.member)}
+    if plan.folder:
+        files["model.plan"] = bundle.path / "engines" / plan.folder / f"{network.member}.plan"
+    return {name: served / file.relative_to(bundle.path) for name, file in files.items() if file.is_file()}
 
 
 def tensorrt_config(native: Native, plan: Plan) -> Message:
@@ -169,31 +182,25 @@ def _tail(native: Native, batch: int, options: dict[str, str]) -> Message:
     }
 
 
-def _readme(native: Native, plan: Plan, version: int) -> str:
-    name, model, bundle, stage = native.export.name, native.network.model, native.bundle, native.network.stage
-    served = Path(name, str(version), "bundle", stage)
-    onnx = served / bundle.onnx_path(native.network.member).relative_to(bundle.path)
-    plan_file = served / "engines" / (plan.folder or "KEY") / f"{native.network.member}.plan"
+def _readme(native: Native, plan: Plan) -> str:
+    name, model, bundle = native.export.name, native.network.model, native.bundle
     prune = f" --prune {bundle.level}" if bundle.level else ""
-    notes = (
-        [] if plan.folder else [f"The bundle has no plan yet: build one on the GPU with `segrt-build BUNDLE --backend tensorrt{prune}`."]
-    )
+    notes = [] if plan.folder else [f"The bundle has no plan yet; on the GPU: `segrt-build BUNDLE --backend tensorrt{prune}`."]
     notes.append(f"A plan belongs to one GPU and one version of TensorRT, which has to be the server's; its logits are {plan.logits}.")
     if native.names != (PATCHES, LOGITS):
         notes.append(f"This network's own file calls its tensors {' and '.join(native.names)}, so `{name}_bls` cannot call these.")
     said = "\n".join(notes)
     return f"""# {model} in a backend of Triton's own
 
-`../config.pbtxt` runs this network on segrt's engine, which every server with Python can do. A server that has one of the backends below
-can run it without Python, with the same tensors, so `{name}_bls` and clients notice nothing. In the model repository:
+`../config.pbtxt` runs this network on segrt's engine, which every server with Python can do. A server that has one of these backends can
+run it without Python, on the same tensors, so `{name}_bls` notices nothing:
 
-    ln {onnx} {model}/{version}/model.onnx
-    cp {model}/native/onnxruntime.pbtxt {model}/config.pbtxt     # or openvino.pbtxt
+    tritonserver --model-repository=... --model-config-name=onnxruntime         # or openvino, tensorrt_plan
 
-    ln {plan_file} {model}/{version}/model.plan
-    cp {model}/native/tensorrt_plan.pbtxt {model}/config.pbtxt
+Models without a configuration of that name keep their own. The versions' folders hold links to the network's files, `model.onnx` and,
+where one was built, `model.plan`.
 
 {said}
-`segrt-build --triton` refuses to write over such a config.pbtxt; remove it first. That each file is a valid ModelConfig is tested; the
-backends themselves were not run.
+What is tested: Triton's parser reads each file, and a real server takes it by that name and asks for the backend. The backends themselves
+were not run.
 """

@@ -31,7 +31,7 @@ from segrt.export.triton_config import Export, patch_config, pipeline_config
 from segrt.export.triton_native import native_files
 from segrt.files import sha256
 from segrt.protocol import ServedModel
-from segrt.repository import Deployment, Network, networks_of
+from segrt.repository import Deployment, networks_of
 from segrt.spec import Label, ModelSpec, PreviousStage, SpacingTarget, UNetPPSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +71,12 @@ def labels(bundle: Path, level: str | None = None) -> np.ndarray:
         return predictor((IMAGE, SPACING)).labels
 
 
+def texts(repository: Path) -> dict[Path, bytes]:
+    """All but the bundle and links into it."""
+    files = (path for path in repository.rglob("*") if path.is_file() and not path.is_symlink())
+    return {file.relative_to(repository): file.read_bytes() for file in files if "bundle" not in file.parts}
+
+
 def plain(path: Path) -> Bundle:
     return make_bundle(path)
 
@@ -95,7 +101,7 @@ def cascade(path: Path) -> Bundle:
 
 def pair(path: Path) -> Bundle:
     low = make_bundle(path.parent / "low", make_spec(name="low"))
-    other = make_bundle(path.parent / "other", make_spec(previous=CASCADE), centres=(0, 1.4, 1.8), previous=low)
+    other = make_bundle(path.parent / "other", make_spec(previous=CASCADE), centres=(0, 3, 4), previous=low)
     return make_bundle(path, make_spec(patch=(1, 8, 8)), partner=other)
 
 
@@ -104,7 +110,7 @@ def levels(path: Path) -> Bundle:
     network = UNetPPSpec(family="unetpp", in_channels=1, out_channels=3, level=2, deep_supervision=True)
     bundle = make_bundle(path, make_spec(patch=(1, 8, 8), network=network))
     level, record = bundle.at_level("L1"), path / "onnx" / "build.json"
-    write_nearest_onnx(level.onnx_path("0"), level.spec, (0, 1.5, 1.8))
+    write_nearest_onnx(level.onnx_path("0"), level.spec, (0, 3, 4))
     values = json.loads(record.read_text())
     values["sha256"]["0-L1"] = sha256(level.onnx_path("0"))
     values["level_of"] = {"0-L1": sha256(bundle.onnx_path("0"))}
@@ -146,6 +152,7 @@ def test_every_kind_of_bundle_is_served_whole(tmp_path: Path, make: Callable[[Pa
             assert {network.model for network in deployed.patch_models} == BUNDLES[make]
     asked = (None, "L1") if make is levels else (None,)
     expected = [labels(bundle.path, level) for level in asked]
+    assert len({found.tobytes() for found in expected}) == len(asked)
     shutil.rmtree(bundle.path)  # nothing in the repository leans on it
     for level, wanted in zip(asked, expected, strict=True):
         np.testing.assert_array_equal(labels(repository / "liver" / "1" / "bundle", level), wanted)
@@ -227,7 +234,7 @@ def test_native_configurations_are_read_by_the_servers_parser(tmp_path: Path, de
     bundle = unet_bundle(tmp_path / "liver")
     export = Export("liver", bundle, {"1": bundle.fingerprint}, device=device)
     for network in export.networks:
-        files = native_files(export, network, 1)
+        files = native_files(export, network)
         configs = {name.removesuffix(".pbtxt"): parse(text) for name, text in files.items() if name.endswith(".pbtxt")}
         assert set(configs) == {"tensorrt_plan", "onnxruntime", "openvino"}
         for config in configs.values():
@@ -251,14 +258,15 @@ def test_native_configurations_are_read_by_the_servers_parser(tmp_path: Path, de
         assert [a.name for a in accelerators] == ([] if device == "cpu" else ["cuda"])
 
 
-def test_native_files_say_where_the_networks_file_is(tmp_path: Path) -> None:
-    """The commands of the README, run as they stand, put the member's own file in place."""
+def test_native_backends_find_the_networks_file(tmp_path: Path) -> None:
     bundle, repository = cascade(tmp_path / "liver"), tmp_path / "repository"
     write_triton(bundle, repository, device="cpu")
-    text = (repository / "liver_previous_patch_1" / "native" / "README.md").read_text(encoding="utf-8")
-    source, target = next(line for line in text.splitlines() if line.strip().startswith("ln")).split()[1:]
-    assert filecmp.cmp(repository / source, tmp_path / "low" / "onnx" / "1.onnx", shallow=False)
-    assert (repository / target).parent == repository / "liver_previous_patch_1" / "1"
+    shutil.move(repository, tmp_path / "moved")  # the links lead nowhere outside
+    for model, file in (("liver_previous_patch_1", "low/onnx/1.onnx"), ("liver_patch", "liver/onnx/0.onnx")):
+        link = tmp_path / "moved" / model / "1" / "model.onnx"
+        assert link.resolve().is_relative_to(tmp_path / "moved")
+        assert filecmp.cmp(link, tmp_path / file, shallow=False)
+        assert {path.name for path in link.parent.iterdir()} == {"model.py", "model.onnx"}
 
 
 def test_native_configurations_follow_the_plan_that_was_built(tmp_path: Path) -> None:
@@ -268,19 +276,23 @@ def test_native_configurations_follow_the_plan_that_was_built(tmp_path: Path) ->
         folder.mkdir()
         (folder / "0.plan").write_bytes(b"plan")
         (folder / "build.json").write_text(json.dumps({"precision": precision, "batch": batch, "level": None}))
-    network = Network(model="liver_patch_0", member="0")
-    files = native_files(Export("liver", bundle, {"1": "x"}, precision="fp32"), network, 1)
-    config = parse(files["tensorrt_plan.pbtxt"])
+    repository = tmp_path / "repository"
+    write_triton(bundle, repository, device="cpu", precision="fp32")
+    config = parse((repository / "liver_patch_0" / "configs" / "tensorrt_plan.pbtxt").read_text(encoding="utf-8"))
     assert config.max_batch_size == 4
     assert list(config.dynamic_batching.preferred_batch_size) == [4]
     assert tensors(config.output)["logits"][0] == "TYPE_FP32"
-    assert "ln liver/1/bundle/engines/tensorrt-11.4-h200-sm90-fp32-b4/0.plan liver_patch_0/1/model.plan" in files["README.md"]
+    plan = repository / "liver_patch_0" / "1" / "model.plan"
+    assert plan.resolve().parent.name == "tensorrt-11.4-h200-sm90-fp32-b4"
+    # the other precision's plan lies in the same version
+    assert not write_triton(bundle, repository, device="cpu", precision="fp16").new
+    assert plan.resolve().parent.name == "tensorrt-11.4-h200-sm90-fp16-b16"
 
 
 def test_slices_reach_native_backends_without_their_axis(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "picture", make_spec(patch=(1, 16, 8), network=UNET_2D))
     (network,) = networks_of("picture", bundle)
-    for name, text in native_files(Export("picture", bundle, {"1": "x"}), network, 1).items():
+    for name, text in native_files(Export("picture", bundle, {"1": "x"}), network).items():
         if name.endswith(".pbtxt"):
             (patches,), (logits,) = parse(text).input, parse(text).output
             assert (list(patches.dims), list(patches.reshape.shape)) == ([1, 1, 16, 8], [1, 16, 8])
@@ -295,7 +307,7 @@ def test_a_foreign_networks_own_names_are_used_and_said(tmp_path: Path) -> None:
     model.graph.input[0].name = model.graph.node[0].input[0] = "x.1"
     onnx.save(model, bundle.onnx_path("0"))
     (network,) = networks_of("liver", bundle)
-    files = native_files(Export("liver", bundle, {"1": "x"}), network, 1)
+    files = native_files(Export("liver", bundle, {"1": "x"}), network)
     assert [tensor.name for tensor in parse(files["onnxruntime.pbtxt"]).input] == ["x.1"]
     assert "calls its tensors x.1 and logits" in files["README.md"]
 
@@ -475,8 +487,7 @@ def test_any_text_survives_the_text_format(text: str, number: int, flag: bool) -
 
 def test_the_example_is_what_is_written_today(tmp_path: Path) -> None:
     write_triton(Bundle.open(ROOT / "examples" / "demo" / "bundle"), tmp_path, name="phantom", device="cpu")
-    written = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "bundle" not in p.parts}
-    stored = {p.relative_to(EXAMPLE): p.read_bytes() for p in EXAMPLE.rglob("*") if p.is_file() and "bundle" not in p.parts}
+    written, stored = (texts(folder) for folder in (tmp_path, EXAMPLE))
     assert stored == written, "write it again as model_repository/README.md says"
     assert sum(map(len, stored.values())) < 50_000
 
