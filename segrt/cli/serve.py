@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
@@ -93,7 +94,7 @@ class _Asked:
             self._write(self.repository)
             yield self.repository
         else:
-            with tempfile.TemporaryDirectory(prefix="segrt-repository-") as folder:
+            with tempfile.TemporaryDirectory(prefix=f"segrt-repository-{os.getpid()}-") as folder:
                 self._write(Path(folder))
                 yield Path(folder)
 
@@ -109,7 +110,10 @@ class _Asked:
 def _keep_up(server: Server, reload_wanted: threading.Event) -> int:
     """Run the server until it is told to stop or ends by itself, and give the exit code."""
     try:
-        server.start()
+        try:
+            server.start()
+        except KeyboardInterrupt:
+            return FAILED
         _announce(server)
         while (code := server.wait(0.5)) is None:
             if reload_wanted.is_set():

@@ -68,6 +68,11 @@ class ServerOptions:
         """Whether only this machine reaches the server."""
         return ip_address(self.host).is_loopback
 
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """HTTP, gRPC, metrics."""
+        return (self.http_port, self.grpc_port, self.metrics_port)
+
     def address(self, port: int) -> str:
         """HOST:PORT that a client on this machine connects to; nobody connects to "every address"."""
         host = ip_address(self.host)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import importlib.util
 import json
 import logging
 import os
+import py_compile
 import secrets
 import signal
 import subprocess
@@ -27,12 +28,12 @@ from ..errors import BackendError, InputError
 from ..protocol import PATCH_SUFFIX
 from .launch import find_tritonserver, prepare_backends, server_environment
 from .options import KEY_HEADER, ServerOptions
-from .watch import Watch
+from .watch import Watch, processes_of
 
 logger = logging.getLogger(__name__)
 
-_POLL_S, _ATTEMPTS, _KEPT_LINES, _UNLOAD_S = 0.1, 5, 1000, 15.0
-_BUSY = ("address already in use", "failed to bind", "unable to bind", "failed to start")
+_POLL_S, _ATTEMPTS, _KEPT_LINES, _UNLOAD_S = 0.1, 5, 1000, 5.0
+_BUSY = "already in use"
 _REQUESTS_DONE = "All models are stopped, unloading models"
 # straight to it: a proxy for the outside is no way to our own process
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -124,6 +125,10 @@ class Server:
         """Processes of models that died and were replaced."""
         return self._watch.deaths if self._watch else 0
 
+    def processes(self) -> dict[int, str]:
+        """Process -> model, one for each instance of a model."""
+        return processes_of(self.pid)
+
     def models(self) -> list[str]:
         """Names in the repository, in an order in which they can be loaded: engines before what calls them."""
         names = sorted(path.parent.name for path in self.repository.glob("*/config.pbtxt"))
@@ -142,8 +147,7 @@ class Server:
                 self._wait_until_ready()
             except BackendError:
                 self.kill()
-                # somebody else took a port between our choice and its use: another choice
-                if attempt + 1 < _ATTEMPTS and self._ports != self.options and any(text in self.log.lower() for text in _BUSY):
+                if attempt + 1 < _ATTEMPTS and self._lost_a_port():
                     continue
                 raise
             except BaseException:
@@ -166,6 +170,7 @@ class Server:
 
     def reload(self) -> None:
         """Load whatever is new in the repository: models, and versions of models."""
+        self._compile_models()
         for model in self.models():
             self.load(model)
 
@@ -215,11 +220,12 @@ class Server:
     def _launch(self) -> None:
         self._lines.clear()
         self._requests_done.clear()
-        self._folder = tempfile.TemporaryDirectory(prefix="segrt-serve-")
+        self._compile_models()
+        self._folder = tempfile.TemporaryDirectory(prefix=f"segrt-serve-{os.getpid()}-")
         backends = prepare_backends(self.installation, Path(self._folder.name))
         arguments = self._ports.server_arguments(self.repository, backends, region=self._region, key=self._key)
         self._process = subprocess.Popen(
-            [str(self.installation.program), *arguments],
+            [*_ending_with_us(), str(self.installation.program), *arguments],
             env=server_environment(self.installation, os.environ) | dict(self.options.environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -227,10 +233,22 @@ class Server:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches us alone; we stop it in order
-            preexec_fn=_end_with_parent(),
         )
         self._reader = threading.Thread(target=self._read_log, args=(self._process,), name="segrt-server-log", daemon=True)
         self._reader.start()
+
+    def _compile_models(self) -> None:
+        """Compile each model.py as its process would, which otherwise makes the server take an unchanged model for a changed one."""
+        for source in self.repository.glob("*/*/model.py"):
+            compiled = Path(importlib.util.cache_from_source(source))
+            with contextlib.suppress(OSError, py_compile.PyCompileError):
+                if not compiled.is_file() or compiled.stat().st_mtime < source.stat().st_mtime:
+                    py_compile.compile(str(source), doraise=True)
+
+    def _lost_a_port(self) -> bool:
+        """Whether somebody else took one that we had chosen, between the choice and its use."""
+        chosen = set(self._ports.ports) - set(self.options.ports)
+        return _BUSY in self.reason and any(f":{port}" in self.reason for port in chosen)
 
     def _read_log(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -272,7 +290,7 @@ class Server:
     def _revive(self, model: str) -> None:
         """Load a model whose process died; unchanged, it would be taken for loaded, so it gets a parameter that tells how often."""
         config = json.loads(self._call(f"models/{model}/config"))
-        config.setdefault("parameters", {})["restarts"] = {"string_value": str(self.restarts)}
+        config.setdefault("parameters", {})["RESTARTS"] = {"string_value": str(self.restarts)}
         self._ask_to_load(model, {"parameters": {"config": json.dumps(config)}})
 
     def _give_up(self, why: str) -> None:
@@ -306,17 +324,22 @@ class Server:
             os.kill(self.pid, number)
 
 
-def _end_with_parent() -> Callable[[], object] | None:
-    """What a new process calls to be asked to end when we are killed; the kernel watches the thread, so only the main one will do."""
+def _ending_with_us() -> list[str]:
+    """What runs a program so that it is asked to end when we are killed; the kernel watches the thread, so only the main one will do.
+
+    It is a program of its own because a function between fork and exec would upset the threads of libraries that watch for forks.
+    """
     if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
-        return None
-    prctl = ctypes.CDLL(None).prctl  # found before the fork, where nothing may be imported
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        return []
+    ask = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})"
+    code = f"import ctypes, os, sys; {ask}; os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-S", "-c", code]
 
 
 def _reason(lines: list[str]) -> str:
     """The line of the log that says why, without its prefix of time and place."""
-    # an argument it does not know makes it print all it does know
+    # an argument it does not know makes it print all it does know; what fails to load first is why the rest does
     usage = [line.split("tritonserver: ", 1)[1] for line in lines if "tritonserver: " in line]
+    models = [line for line in lines if line.startswith("E") and "failed to load '" in line][:1]
     failures = [line for line in lines if line.startswith("E") or "failed" in line.lower() or "error" in line.lower()]
-    return (usage or failures or lines or ["it logged nothing"])[-1].split("] ", 1)[-1].strip('"')
+    return (usage or models or failures or lines or ["it logged nothing"])[-1].split("] ", 1)[-1].strip('"')

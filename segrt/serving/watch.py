@@ -84,6 +84,11 @@ class Watch:
                 self._give_up(f"the process of model {model!r} died and cannot be started again: {err}")
 
 
+def processes_of(pid: int) -> dict[int, str]:
+    """Process -> model, of those that a tritonserver runs."""
+    return {child: model for child in _children(pid) if (model := _model_of(_command(child)))}
+
+
 def _children(pid: int) -> dict[int, str]:
     """Processes that `pid` started, and their state (Z: ended, not waited for); none where there is no /proc."""
     found = {}
