@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # a network's process that was lost is back within seconds
 _WAITS_S = (0.2, 1.0, 3.0)
+_AT_ONCE = 2
 
 
 class Watched:
@@ -53,7 +55,7 @@ class PatchCaller:
     Parameters
     ----------
     model, version : who runs it
-    batch : windows to ask for at once
+    batch : windows its engine likes best; some such batches are asked for at once, so that the next one waits when one is done
     told : gets the seconds that each answer took
     """
 
@@ -61,16 +63,19 @@ class PatchCaller:
     device = "cpu"
 
     def __init__(self, model: str, version: int, *, batch: int, told: Callable[[float], None]) -> None:
-        self._model, self._version, self._told = model, version, told
-        self.name, self.batch = f"model {model}, version {version}", batch
+        self._model, self._version, self._told, self._part = model, version, told, batch
+        self.name, self.batch = f"model {model}, version {version}", batch * _AT_ONCE
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="segrt-windows")
 
     def __call__(self, patches: FloatArray) -> Array:
         """Have the network run; see `Engine`."""
-        parts = [self._ask(np.ascontiguousarray(patches[first : first + self.batch])) for first in range(0, len(patches), self.batch)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = [np.ascontiguousarray(patches[first : first + self._part]) for first in range(0, len(patches), self._part)]
+        logits = [self._ask(parts[0])] if len(parts) == 1 else list(self._threads.map(self._ask, parts))
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """End the threads."""
+        self._threads.shutdown()
 
     def _ask(self, patches: FloatArray) -> Array:
         """Logits of one batch, after a few tries: equal patches give equal logits, however often they are sent."""

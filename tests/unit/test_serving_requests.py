@@ -209,6 +209,15 @@ def test_a_first_stage_s_engines_are_opened_once_too(tmp_path: Path) -> None:
     assert opener.asked == [("second", "0"), ("previous", "0")]
 
 
+def test_a_partner_s_engines_are_opened_once_too(tmp_path: Path) -> None:
+    bundle, opener = make_bundle(tmp_path / "pair", partner=make_bundle(tmp_path / "other")), Opener()
+    predictors, image = Predictors(bundle, opener), (banded((9, 10, 11)), (1.0, 1.0, 1.0))
+    for options in ({}, {"tta": False}):
+        found = predictors.choose(RequestOptions(**options))(image)
+        np.testing.assert_array_equal(found.labels, Predictor(bundle, device="cpu", **options)(image).labels)
+    assert opener.asked == [("pair", "0"), ("partner", "0")]
+
+
 def test_a_watched_engine_stops_before_it_runs() -> None:
     engine, gone = CountingEngine(nearest(range(3)), batch=2), [False]
     attention = Attention(lambda: gone[0])
