@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 from .bundle import Bundle
 from .engines import Backend, Engine, Precision, open_engine, resolve_device
-from .engines.compose import Spread
+from .engines.compose import Mirrored, Spread
 from .errors import BackendError, InputError
 from .level import levels_of
 from .windows import Accumulate
 
 logger = logging.getLogger(__name__)
+
+# engines to use instead of a bundle's own, see `Predictor`
+Engines: TypeAlias = Sequence[Engine] | Callable[[Bundle, str], Engine]
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,31 @@ def name_devices(device: str) -> tuple[str, ...]:
     if len(names) > 1 and not all(name.startswith("cuda:") for name in names):
         raise InputError(f"device: several can only be GPUs, such as cuda:0,cuda:1, got {device!r}")
     return names
+
+
+def divide_engines(engines: Engines | None, bundle: Bundle, members: Sequence[str]) -> tuple[list[Engine], Engines]:
+    """Give those of `engines` that are a model's own, and where those of the models beside it come from."""
+    if callable(engines):
+        return [engines(bundle, member) for member in members], engines
+    given = list(engines or ())
+    return (given[: len(members)], given[len(members) :]) if bundle.partner else (given, [])
+
+
+def open_model(bundle: Bundle, members: Sequence[str], options: Options, given: Sequence[Engine]) -> tuple[list[Engine], tuple[int, ...]]:
+    """Open a model's engines, unless they are `given`; with them come the axes whose flips are entries of their batches.
+
+    Raises
+    ------
+    InputError
+        When sums are to be rounded as on a CPU, and the engines are elsewhere.
+    """
+    opened = list(given) or open_engines(bundle, members, options)
+    device = opened[0].device
+    if options.accumulate == "float16" and device != "cpu":
+        raise InputError(f"accumulate: float16 repeats the rounding of nnU-Net on a CPU; use float32 on {device}, or device cpu")
+    axes = bundle.spec.inference.mirror_axes if options.tta else ()
+    # an engine of the host makes flips one by one
+    return ([Mirrored(engine, axes) for engine in opened], ()) if axes and device == "cpu" else (opened, axes)
 
 
 def open_engines(bundle: Bundle, members: Sequence[str], options: Options) -> list[Engine]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +15,12 @@ from .clock import Clock
 from .device import compute_on, free_bytes, open_stream, to_device, to_host
 from .device_plan import DevicePlan, plan_device
 from .engines import Backend, Engine, Precision
-from .engines.compose import Mirrored
 from .errors import BackendError, InputError
 from .frames import check_stream, in_groups, segment
 from .io import read_volume
 from .io.read import Source, read_previous
 from .opened import OpenModel, run_models
-from .opening import Options, choose_level, choose_members, open_engines
+from .opening import Engines, Options, choose_level, choose_members, divide_engines, open_model
 from .postprocess import postprocess
 from .preprocess import preprocess
 from .spec import ModelSpec
@@ -29,8 +28,6 @@ from .volume import Grid, Segmentation, Volume
 from .windows import Accumulate
 
 Previous: TypeAlias = str | Path | Array
-# engines to use instead of a bundle's own
-Engines: TypeAlias = Sequence[Engine] | Callable[[Bundle, str], Engine]
 
 
 class Predictor:
@@ -94,15 +91,9 @@ class Predictor:
         self.members = choose_members(self.bundle, folds)
         self.step, self.accumulate, self.threads = step, accumulate, threads
         self.steps = self.spec.postprocess if postprocess else ()
-        own, others = self._given(engines)
-        opened = own or open_engines(self.bundle, self.members, options)
-        self.device = opened[0].device
-        if accumulate == "float16" and self.device != "cpu":
-            raise InputError(f"accumulate: float16 repeats the rounding of nnU-Net on a CPU; use float32 on {self.device}, or device cpu")
-        axes = self.spec.inference.mirror_axes if tta else ()
-        # flips are entries of a device's batches; an engine of the host makes them one by one
-        self.mirror_axes = axes if self.device != "cpu" else ()
-        self.engines: list[Engine] = [Mirrored(e, axes) if axes and self.device == "cpu" else e for e in opened]
+        own, others = divide_engines(engines, self.bundle, self.members)
+        self.engines, self.mirror_axes = open_model(self.bundle, self.members, options, own)
+        self.device = self.engines[0].device
         self._stream = open_stream(self.device)
         how = options.beside(self.device)
         self.previous: Predictor | None = None
@@ -181,7 +172,6 @@ class Predictor:
             before any error of the stream's own, get their labels first.
         """
         check_stream(self.spec, pair=self.partner is not None)
-        self._check_open()
         model = self._opened[0]
         for group in in_groups(frames, model.batch if batch is None else batch, self.spec, spacing):
             self._check_open()
@@ -237,13 +227,6 @@ class Predictor:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    def _given(self, engines: Engines | None) -> tuple[list[Engine], Engines]:
-        """Engines of this model, and where those of the models beside it come from."""
-        if callable(engines):
-            return [engines(self.bundle, member) for member in self.members], engines
-        given = list(engines or ())
-        return (given[: len(self.members)], given[len(self.members) :]) if self.bundle.partner else (given, [])
 
     @property
     def _models(self) -> tuple[Predictor, ...]:
