@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..bundle import Bundle
 from ..engines import Backend, Precision, resolve_device
 from ..errors import InputError, SpecError
-from ..files import sha256, staged_folder, write_atomic
+from ..files import staged_folder, write_atomic
 from ..protocol import BLS_SUFFIX, STREAM_SUFFIX
-from ..repository import CLASSES, Role, check_target, levels_in
+from ..repository import CLASSES, Role, check_target
 from .pbtxt import to_text
+from .triton_bundle import bundle_files, holds, link_or_copy
 from .triton_config import Export, patch_config, pipeline_config, warmup_files
 from .triton_native import native_files, native_models
 
 logger = logging.getLogger(__name__)
 
-# everything that writes these makes a new file, so a second name for them is a copy that takes no room
-_LINKED = (".onnx", ".blob", ".plan", ".safetensors")
 _MODEL = '''"""{what}.
 
 All it does is in segrt.serving.backend, which the server's Python has to find.
@@ -106,36 +103,13 @@ def write_triton(
     present = _versions(root, models)
     files = list(bundle_files(bundle, with_weights=export.on_gpu or backend == "pytorch"))
     newest = present[-1] if present else 0
-    new = not newest or not _holds(root / name / str(newest) / "bundle", bundle, files)
+    new = not newest or not holds(root / name / str(newest) / "bundle", bundle, files)
     version = newest + 1 if new else newest
     export = _with_history(export, root, version, [number for number in present if number < version])
     _write_configs(export, root)
     _write_versions(export, root, version, files)
     _link_networks(export, root, version)
     return Written(root, version, tuple(models), new, _unused(root, name, models))
-
-
-def bundle_files(bundle: Bundle, *, with_weights: bool) -> Iterator[Path]:
-    """Give the paths, relative to the bundle's folder, of all that predicting reads: its stages and levels, on any machine's engines.
-
-    Parameters
-    ----------
-    with_weights : also those of members that have an ONNX file, for PyTorch to run
-    """
-    yield Path("model.json")
-    for level in levels_in(bundle):
-        for member in bundle.spec.members:
-            files = level.onnx_path(member), level.onnx_path(f"{member}-fp16")
-            yield from (file.relative_to(bundle.path) for file in files if file.is_file())
-    for member in bundle.spec.members:
-        if bundle.weights_path(member).is_file() and (with_weights or not bundle.onnx_path(member).is_file()):
-            yield bundle.weights_path(member).relative_to(bundle.path)
-    for file in [bundle.path / "onnx" / "build.json", *sorted((bundle.path / "engines").glob("[!.]*/*"))]:
-        if file.is_file():
-            yield file.relative_to(bundle.path)
-    for stage in (bundle.previous, bundle.partner):
-        if stage is not None:
-            yield from (stage.path.relative_to(bundle.path) / file for file in bundle_files(stage, with_weights=with_weights))
 
 
 def _served_device(device: str, backend: Backend) -> str:
@@ -150,12 +124,16 @@ def _header(name: str) -> str:
     return f"# written by segrt-build --triton for {name}, which writes it again\n"
 
 
+def _is_ours(config: Path, name: str) -> bool:
+    return config.read_text(encoding="utf-8", errors="replace").startswith(_header(name))
+
+
 def _check_owned(root: Path, model: str, name: str) -> None:
     """Refuse to write into what is not ours: a link that leads elsewhere, or a model that other hands made."""
     folder, config = root / model, root / model / "config.pbtxt"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder} is no folder of the repository's own; choose another name with --triton-name")
-    if config.is_file() and not config.read_text(encoding="utf-8", errors="replace").startswith(_header(name)):
+    if config.is_file() and not _is_ours(config, name):
         raise InputError(f"{config} is not of the models that serve {name!r}; choose another name with --triton-name, or remove {folder}")
     if folder.is_dir() and not config.is_file() and any(not _is_version(path) and path.name not in _OURS for path in folder.iterdir()):
         raise InputError(f"{folder} holds files that segrt-build did not write; choose another name with --triton-name, or remove it")
@@ -173,30 +151,6 @@ def _versions(root: Path, models: Sequence[str]) -> list[int]:
     """Versions that any of the models has, oldest first."""
     folders = (path for model in models if (root / model).is_dir() for path in (root / model).iterdir())
     return sorted({int(path.name) for path in folders if path.is_dir() and path.name.isdecimal()})
-
-
-def _holds(folder: Path, bundle: Bundle, files: Sequence[Path]) -> bool:
-    """Whether a version's bundle is these files and no others."""
-    there = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
-    return there == set(files) and all(_is_same(bundle.path / file, folder / file) for file in files)
-
-
-def _is_same(source: Path, copy: Path) -> bool:
-    if source.samefile(copy):
-        return True
-    return source.stat().st_size == copy.stat().st_size and sha256(source) == sha256(copy)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix in _LINKED:
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            pass
-        else:
-            return
-    shutil.copyfile(source, target)
 
 
 def _with_history(export: Export, root: Path, version: int, earlier: Sequence[int]) -> Export:
@@ -235,7 +189,7 @@ def _write_versions(export: Export, root: Path, version: int, files: Sequence[Pa
             continue
         with staged_folder(root / model / str(version)) as folder:
             for file in files if model == export.name else ():
-                _link_or_copy((export.bundle.path / file).resolve(), folder / "bundle" / file)
+                link_or_copy((export.bundle.path / file).resolve(), folder / "bundle" / file)
             (folder / "model.py").write_text(_model_py(pipelines.get(model, "patch")), encoding="utf-8")
 
 
@@ -269,5 +223,4 @@ def _write_changed(path: Path, content: bytes) -> None:
 
 def _unused(root: Path, name: str, models: Sequence[str]) -> tuple[str, ...]:
     """Models of this bundle's earlier versions, such as of a member that is gone; a server may still be finishing with them."""
-    configs = [config for config in sorted(root.glob("*/config.pbtxt")) if config.parent.name not in models]
-    return tuple(config.parent.name for config in configs if config.read_text(encoding="utf-8").startswith(_header(name)))
+    return tuple(c.parent.name for c in sorted(root.glob("*/config.pbtxt")) if c.parent.name not in models and _is_ours(c, name))
