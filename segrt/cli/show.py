@@ -97,6 +97,11 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether the bars move before somebody's eyes."""
+        return self._progress.console.is_terminal
+
     def windows(self, case: str, done: int, total: int) -> None:
         """Windows of `case` that are done."""
         self._progress.start()  # not before there is progress: what cannot start leaves one sentence and no empty bars

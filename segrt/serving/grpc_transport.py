@@ -17,9 +17,9 @@ _MOST_BYTES = 2**31 - 1
 _OPTIONS = [
     ("grpc.max_send_message_length", _MOST_BYTES),
     ("grpc.max_receive_message_length", _MOST_BYTES),
-    # a server that comes back is found by the next repeat, not up to two minutes later
+    # a server that comes back is found by the next repeat, not up to two minutes later; the smallest of these three times stays as it
+    # is, for it also is the time that connecting may take
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 _REASONS: dict[str, Reason] = {

@@ -23,7 +23,7 @@ from .grpc_transport import GrpcTransport
 from .http_transport import HttpTransport
 from .patience import Patience
 from .questions import answers_of, file_tensors, files_of, report_in, segmentation_of, tensors_of
-from .shared import SharedMemoryUse, Wanted
+from .shared import MOMENT_S, TIDY_S, SharedMemoryUse, Wanted
 from .wire import Answer, Failure, Question, Transport
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 class RemotePredictor:
     """Segment images with a model that `segrt-build --triton` wrote and a Triton server runs; the same labels as `Predictor`.
 
-    One may be used by several threads. Ctrl-C, and `close` in another thread, cancel what is under way, and the server stops its windows.
+    One may be used by several threads. Ctrl-C, and `close` in another thread, cancel what is under way; over gRPC the server then stops its
+    windows, over HTTP it is not told.
 
     Parameters
     ----------
@@ -157,7 +158,7 @@ class RemotePredictor:
             idle = self._calls == 0
         self._transport.cancel()
         if idle:
-            self._transport.close()
+            self._release()
 
     def __enter__(self) -> RemotePredictor:
         return self
@@ -250,4 +251,9 @@ class RemotePredictor:
                 self._calls -= 1
                 last = self._calls == 0 and self._closed.is_set()
             if last:
-                self._transport.close()
+                self._release()
+
+    def _release(self) -> None:
+        # over HTTP this server is not told that nobody waits any more, so there is nothing to wait for
+        self._memory.tidy(TIDY_S if self._transport.streams else MOMENT_S)
+        self._transport.close()

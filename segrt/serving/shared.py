@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -27,7 +28,9 @@ _PREFIX = "segrt-client-"
 _ALIGN = 64
 _MEMORY = Path("/dev/shm")
 # a server that is gone must not hold up an error or Ctrl-C
-_TIDY_S = 5.0
+TIDY_S = 5.0
+# a request that was answered is cleared away in less
+MOMENT_S = 0.2
 # bytes from which a tensor of its own goes there, and from which two more calls to the server are worth it
 _SMALL, _WORTH = 2**10, 2**18
 
@@ -123,6 +126,7 @@ class SharedMemoryUse:
 
     def __init__(self, transport: Transport, mode: Sharing, *, near: bool) -> None:
         self._transport, self._insists, self._swept = transport, mode in ("system", "cuda"), False
+        self._left: set[tuple[Literal["system", "cuda"], str]] = set()
         self.kind: Literal["system", "cuda"] | None = None
         if mode in ("system", "cuda"):
             self.kind = "system" if mode == "system" else "cuda"
@@ -154,10 +158,32 @@ class SharedMemoryUse:
                 else:
                     yield Shelf(question)
             finally:
-                with suppress(Failure):
-                    self._transport.unregister(region.registration[0], region.name, _TIDY_S)
+                self._unregister(region)
         finally:
             region.close()
+
+    def tidy(self, patience_s: float) -> None:
+        """Make the server forget what it still used when its request ended; what it does not let go of in time, the next client sweeps."""
+        end, pause = time.monotonic() + patience_s, 0.001
+        while self._left and time.monotonic() < end:
+            for region in list(self._left):
+                if self._forgotten(*region):
+                    self._left.discard(region)
+            if self._left:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+
+    def _unregister(self, region: SystemRegion | CudaRegion) -> None:
+        self._left.add((region.registration[0], region.name))
+        self.tidy(MOMENT_S)
+
+    def _forgotten(self, kind: Literal["system", "cuda"], name: str) -> bool:
+        """Whether there is nothing more to do about a region. A server refuses while a request uses it, and a moment longer."""
+        try:
+            self._transport.unregister(kind, name, TIDY_S)
+        except Failure as failure:
+            return "in use" not in failure.text
+        return True
 
     def _region(self, size: int) -> SystemRegion | CudaRegion | None:
         if self.kind is None:
@@ -200,7 +226,7 @@ class SharedMemoryUse:
         with suppress(Failure):
             for name, key in self._transport.system_regions(timeout).items():
                 if name.startswith(_PREFIX) and not (_MEMORY / key.removeprefix("/")).exists():
-                    self._transport.unregister("system", name, _TIDY_S)
+                    self._transport.unregister("system", name, TIDY_S)
 
 
 def _lay_out(question: Question, wanted: Mapping[str, Wanted]) -> tuple[dict[str, Slot], int]:

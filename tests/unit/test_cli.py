@@ -317,7 +317,7 @@ def test_a_real_process_prints_no_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "files"),
     [
-        (predict_command, ("test_cli.py", "test_prune.py", "../e2e/test_pictures.py")),
+        (predict_command, ("test_cli.py", "test_prune.py", "test_remote.py", "../e2e/test_pictures.py")),
         (build_command, ("test_cli_build.py", "test_prune.py", "test_triton_repository.py")),
     ],
 )
