@@ -134,6 +134,7 @@ def ending_on_signals(environment: Mapping[str, str]) -> Iterator[None]:
     """
     before = None if "WORLD_SIZE" in environment else signal.signal(signal.SIGTERM, _interrupt)
     hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
+    thread_hook, threading.excepthook = threading.excepthook, _end_quietly
     try:
         yield
     except KeyboardInterrupt:
@@ -141,6 +142,7 @@ def ending_on_signals(environment: Mapping[str, str]) -> Iterator[None]:
         raise typer.Exit(STOPPED) from None
     finally:
         sys.unraisablehook = hook
+        threading.excepthook = thread_hook
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
@@ -155,6 +157,14 @@ def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
         threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _end_quietly(ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread tells of a full disk here, and once more where the training writes its next number."""
+    if isinstance(ended.exc_value, OSError):
+        logger.info("a thread ended: %s", ended.exc_value)
+    else:
+        threading.__excepthook__(ended)
 
 
 def picture_size(size: str, patch: str | None) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import __version__
 from ..arrays import require
+from ..errors import InputError
+from ..files import write_atomic
 from ..report.curves import read_rows
 from .epoch import EpochMeans
 
@@ -39,34 +43,41 @@ class Records:
     ------
     BackendError
         When TensorBoard is not installed.
+    InputError
+        When something cannot be written, here and later; rows of an earlier run stay.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str], *, iteration: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._training = _Table(folder / "training.csv", _TRAINING, iteration)
-        self._validation = _Table(folder / "validation.csv", ("iteration", "loss", "dice", "average", *classes, "IoU"), iteration)
-        self._epochs = _Table(folder / "epochs.csv", ("iteration", *_EPOCH), iteration)
-        self._classes = tuple(classes)
         tensorboard = require("torch.utils.tensorboard", extra="train")
-        self._board = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+        self._folder, self._classes = folder, tuple(classes)
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._training = _Table(folder / "training.csv", _TRAINING, iteration)
+            self._validation = _Table(folder / "validation.csv", ("iteration", "loss", "dice", "average", *classes, "IoU"), iteration)
+            self._epochs = _Table(folder / "epochs.csv", ("iteration", *_EPOCH), iteration)
+            self._board = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
 
     def training(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Add the numbers of an iteration: loss, dice (None where not taken), lr, batch_cost and reader_cost in s."""
-        self._training.add(iteration, values)
-        self._show("train", iteration, values)
+        self._add(self._training, "train", iteration, values)
 
     def validation(self, iteration: int, values: Mapping[str, float | None], dice: Sequence[float]) -> None:
         """Add a validation: loss, mean dice, its moving average, mean IoU, and the pseudo Dice per class (NaN where there is none)."""
         classes = {name: None if math.isnan(score) else score for name, score in zip(self._classes, dice, strict=True)}
-        self._validation.add(iteration, {**values, **classes})
-        self._show("validation", iteration, values)
-        self._show("validation/class", iteration, classes)
+        with self._writing():
+            self._validation.add(iteration, {**values, **classes})
+            self._show("validation", iteration, values)
+            self._show("validation/class", iteration, classes)
 
     def epoch(self, iteration: int, means: EpochMeans) -> None:
         """Add an epoch that ended with this iteration."""
         values = {name: getattr(means, name) for name in _EPOCH}
-        self._epochs.add(iteration, values)
-        self._show("epoch", iteration, values)
+        self._add(self._epochs, "epoch", iteration, values)
+
+    def _add(self, table: _Table, group: str, iteration: int, values: Mapping[str, float | None]) -> None:
+        with self._writing():
+            table.add(iteration, values)
+            self._show(group, iteration, values)
 
     def _show(self, group: str, iteration: int, values: Mapping[str, float | None]) -> None:
         for name, value in values.items():
@@ -75,19 +86,27 @@ class Records:
 
     def flush(self) -> None:
         """Bring what was added to the disk."""
-        self._training.flush()
-        self._validation.flush()
-        self._epochs.flush()
-        self._board.flush()
+        with self._writing():
+            for part in (self._training, self._validation, self._epochs, self._board):
+                part.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            reason = err.strerror or err
+            raise InputError(
+                f"{self._folder}: records cannot be written ({reason}); free some space, the last checkpoint is whole"
+            ) from err
 
     def __enter__(self) -> Records:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._training.close()
-        self._validation.close()
-        self._epochs.close()
-        self._board.close()
+        with suppress(InputError) if kind is not None else nullcontext(), self._writing(), ExitStack() as stack:
+            for part in (self._training, self._validation, self._epochs, self._board):
+                stack.callback(part.close)
 
 
 class _Table:
@@ -95,11 +114,13 @@ class _Table:
 
     def __init__(self, path: Path, columns: Sequence[str], iteration: int) -> None:
         rows = [row for row in read_rows(path) if int(row["iteration"]) <= iteration]
-        self._file = path.open("w", newline="", encoding="utf-8")
+        before = io.StringIO()
+        earlier = csv.DictWriter(before, columns, restval="", lineterminator="\n")
+        earlier.writeheader()
+        earlier.writerows(rows)
+        write_atomic(path, before.getvalue())
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns, restval="", lineterminator="\n")
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self.flush()
 
     def add(self, iteration: int, values: Mapping[str, float | None]) -> None:
         self._writer.writerow({"iteration": iteration} | {k: "" if v is None else repr(float(v)) for k, v in values.items()})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,35 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     _fill(tmp_path, 6, 7, start=5)
     assert [row["iteration"] for row in read_rows(tmp_path / "training.csv")] == [str(i) for i in range(1, 8)]
     assert [row["iteration"] for row in read_rows(tmp_path / "validation.csv")] == ["4"]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from segrt.cli.training import ending_on_signals
+from segrt.errors import InputError
+from segrt.train.records import Records
+
+folder, first, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # writes fail half way, as on a full disk
+try:
+    with ending_on_signals({}), Records(folder, ("liver", "spleen"), iteration=first) as records:
+        for i in range(first + 1, first + 2000):
+            records.training(i, {"loss": 1 / i, "dice": None, "lr": 0.01, "batch_cost": 0.2, "reader_cost": 0.1})
+except InputError as err:
+    print(err)
+"""
+
+
+def test_a_full_disk_is_a_sentence_and_loses_no_row_of_before(tmp_path: Path) -> None:
+    _fill(tmp_path, 1, 200)
+    before = (tmp_path / "training.csv").read_bytes()
+    for first, limit in ((200, len(before) - 1000), (200, len(before) + 1000)):
+        arguments = [sys.executable, "-c", FULL, str(tmp_path), str(first), str(limit)]
+        answer = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+        assert answer.stderr == ""
+        assert answer.stdout.startswith(f"{tmp_path}: records cannot be written (File too large); free some space")
+        assert (tmp_path / "training.csv").read_bytes().startswith(before)
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
