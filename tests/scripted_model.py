@@ -31,10 +31,10 @@ def first_time(sign):
 
 
 def behave(request, name):
-    if name.startswith("slow"):  # until it is cancelled
+    if name.startswith("slow"):  # until it is cancelled, or told to stop
         first_time(name + ".began")
         for _ in range(600):
-            if request.is_cancelled():
+            if request.is_cancelled() or pathlib.Path(SIGNALS, name + ".stop").exists():
                 first_time(name + ".cancelled")
                 raise pb.TritonModelException("cancelled")
             time.sleep(0.05)
@@ -64,8 +64,9 @@ def answer(request, options):
     report = {{"bundle_sha": {sha!r}, "windows": [3, 1], "seconds": {{"read": 0.0, "network": 0.001}}, "version": "1",
               "spacing": [3.0, 2.0, 1.0], "seen": {{k: [str(v.dtype), list(v.shape)] for k, v in given.items()}}, "options": options}}
     pathlib.Path(SIGNALS, "last.json").write_text(json.dumps(report))
-    if "FILE" in given:
-        pathlib.Path(SIGNALS, "file").write_bytes(given["FILE"].tobytes())
+    for name in ("FILE", "PREVIOUS"):
+        if name in given:
+            pathlib.Path(SIGNALS, name).write_bytes(given[name].tobytes())
     tensors = [("LABELS", labels), ("REPORT", np.frombuffer(json.dumps(report).encode(), np.uint8).copy())]
     if options.get("probabilities"):
         tensors.append(("PROBABILITIES", np.stack([labels] * {classes}).astype(np.float32)))
@@ -119,5 +120,6 @@ def write_scripted(repository: Path, spec: ModelSpec, signals: Path, *, name: st
         lines += [f'parameters [{{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}]' for key, value in parameters.items()]
         if streams:
             lines.append("model_transaction_policy { decoupled: true }")
+            lines = [line for line in lines if not line.startswith('parameters [{ key: "spec"')]
         (folder / "config.pbtxt").write_text("\n".join(lines) + "\n")
     return repository
