@@ -82,7 +82,7 @@ class ServerOptions:
     def shows(self, line: str) -> bool:
         """Whether a line of tritonserver's log (I1120 18:36:00...) is of the level asked for; lines of the models always are."""
         level = {"E": 0, "W": 1, "I": 2}.get(line[:1], 0) if line[1:5].isdigit() else 0
-        if not line or line.startswith(("+-", "| ")):  # tables of what it found
+        if is_noise(line):
             level = 2
         return level <= LOG_LEVELS.index(self.log_level)
 
@@ -134,6 +134,11 @@ class ServerOptions:
 
 
 KEY_HEADER = "segrt-key"
+
+
+def is_noise(line: str) -> bool:
+    """Whether a line of the log is of a table of what it found, or says only that there is no GPU."""
+    return not line or line.startswith(("+-", "| ")) or "CudaDriverHelper" in line
 
 
 def _is_address(text: str) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 from ..errors import BackendError, InputError
 from ..protocol import PATCH_SUFFIX
 from .launch import find_tritonserver, prepare_backends, server_environment
-from .options import KEY_HEADER, ServerOptions
+from .options import KEY_HEADER, ServerOptions, is_noise
 from .watch import Watch, processes_of
 
 logger = logging.getLogger(__name__)
@@ -341,5 +341,6 @@ def _reason(lines: list[str]) -> str:
     # an argument it does not know makes it print all it does know; what fails to load first is why the rest does
     usage = [line.split("tritonserver: ", 1)[1] for line in lines if "tritonserver: " in line]
     models = [line for line in lines if line.startswith("E") and "failed to load '" in line][:1]
-    failures = [line for line in lines if line.startswith("E") or "failed" in line.lower() or "error" in line.lower()]
-    return (usage or models or failures or lines or ["it logged nothing"])[-1].split("] ", 1)[-1].strip('"')
+    told = [line for line in lines if line and not is_noise(line)]
+    failures = [line for line in told if line.startswith("E") or any(sign in line.lower() for sign in ("failed", "error", "what():"))]
+    return (usage or models or failures or told or ["it logged nothing"])[-1].split("] ", 1)[-1].strip('" ')
