@@ -190,11 +190,14 @@ def _lines(path: Path) -> list[str]:
 
 
 def _line(path: Path, number: int, line: str) -> TrainingCase:
-    parts = line.split()
-    if len(parts) != 2:
+    line = line.strip()
+    pairs = [(path.parent / line[: gap.start()], path.parent / line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
+    if len(pairs) > 1:  # names with spaces: the one way to read them that names two files
+        pairs = [pair for pair in pairs if all(file.exists() for file in pair)]
+    if len(pairs) != 1:
         raise InputError(f"{path}, line {number}: expected an image and a label map, such as 'images/a.npy labels/a.npy', got {line!r}")
-    image = path.parent / parts[0]
-    return TrainingCase(_stem(image), (image,), path.parent / parts[1])
+    [(image, labels)] = pairs
+    return TrainingCase(_stem(image), (image,), labels)
 
 
 def _by_stem(folder: Path, ending: str | None = None) -> dict[str, Path]:

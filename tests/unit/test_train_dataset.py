@@ -106,6 +106,17 @@ def test_what_a_dataset_says_itself_is_not_asked_for(tmp_path: Path) -> None:
         open_dataset(folder, mask_threshold=0)
 
 
+def test_lists_may_name_files_with_spaces(tmp_path: Path) -> None:
+    folder = npy_lists(tmp_path / "lists")
+    for part in ("images", "labels"):
+        (folder / part / "c.npy").rename(folder / part / "müller c  1.npy")
+    (folder / "train_list.txt").write_text("images/müller c  1.npy  labels/müller c  1.npy\nimages/a.npy labels/a.npy\n", encoding="utf-8")
+    assert [case.name for case in open_dataset(folder).cases] == ["a", "b", "müller c  1"]
+    (folder / "train_list.txt").write_text("images/no file.npy labels/no file.npy\n")
+    with pytest.raises(InputError, match=r"train_list\.txt, line 1: expected an image and a label map"):
+        open_dataset(folder)
+
+
 def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be read \(File name too long\); check its name and permissions"):
         open_dataset(tmp_path / ("x" * 300))
