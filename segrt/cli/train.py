@@ -104,6 +104,9 @@ def train(
     mirroring: Annotated[
         bool | None, typer.Option("--mirroring/--no-mirroring", help="No: left and right have labels of their own.", show_default=False)
     ] = None,
+    grey: Annotated[
+        float | None, typer.Option(help="Share of samples whose channels all become one of theirs: for pictures that may come grey.")
+    ] = None,
     oversampling: Annotated[float | None, typer.Option(help="Share of a batch that has to hold foreground.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp16 on a GPU and fp32 on a CPU by default.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; 0 for none.")] = None,
@@ -193,6 +196,7 @@ def train(
         "batch_dice": batch_dice,
         "augmentation": augmentation,
         "mirroring": mirroring,
+        "grey": grey,
         "oversampling": oversampling,
         "precision": precision,
         "clip": clip,

@@ -62,11 +62,13 @@ class Augment:
     kind : "nnunet", "article" or its numbers (3-D only), or "none", as a validation's patches are made
     scales : size of every target as shares of the patch's axes, finest first; see `networks.supervision_scales`
     flips : axes (z, y, x) that "nnunet" mirrors along; by default those that predictions are averaged over
+    grey : share of the samples whose channels all become one of theirs, drawn by chance: some pictures come grey, or miss a sequence
 
     Raises
     ------
     SpecError
-        When the article's transforms are asked for a model of slices.
+        When the article's transforms are asked for a model of slices, or grey samples of a model with one channel or by other transforms
+        than "nnunet".
     """
 
     def __init__(
@@ -76,10 +78,15 @@ class Augment:
         scales: Sequence[Sequence[float]] = ((1.0, 1.0, 1.0),),
         *,
         flips: Sequence[int] | None = None,
+        grey: float = 0.0,
     ) -> None:
         kind = Transforms() if kind == "article" else kind
         if isinstance(kind, Transforms) and spec.dimensions == 2:
             raise SpecError(f"augmentation: 'article' turns volumes and {spec.name} sees slices; use 'nnunet' or 'none'")
+        if grey and (len(spec.channels) == 1 or kind != "nnunet"):
+            channels = len(spec.channels)
+            raise SpecError(f"grey: expected several channels and augmentation 'nnunet', got {channels} of {spec.name} and {kind!r}")
+        self._grey = grey
         self._spec, self._kind, self._scales = spec, kind, tuple(tuple(scale) for scale in scales)
         self._transforms = _nnunet_transforms(spec, spec.inference.mirror_axes if flips is None else flips) if kind == "nnunet" else ()
 
@@ -94,6 +101,8 @@ class Augment:
             image, labels = image[:, 0], labels[:, 0]
         with torch.no_grad(), _one_thread():
             if self._kind == "nnunet":
+                if self._grey and rng.uniform() < self._grey:
+                    image = image[int(rng.integers(len(image)))].expand_as(image).clone()
                 with _drawing_from(rng):
                     image, labels = self._nnunet(image, labels)
             elif isinstance(self._kind, Transforms):

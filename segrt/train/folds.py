@@ -116,6 +116,7 @@ class Fold:
             self.prepared.select(self.split.train if training else self.split.validation),
             self.configuration,
             augmentation=augmentation,
+            grey=config.grey if training else 0.0,
             oversampling=config.oversampling,
             seed=config.seed,
             stream=stream,

@@ -32,6 +32,7 @@ def draw_samples(fold: Fold) -> None:
         fold.prepared.select(fold.split.train),
         fold.configuration,
         augmentation=fold.config.augment,
+        grey=fold.config.grey,
         oversampling=fold.config.oversampling,
         seed=fold.config.seed,
         workers=0,

@@ -46,6 +46,7 @@ _RULES = (
     _Rule("dice_activation", "loss mixed", lambda config, _: config.loss == "mixed"),
     _Rule("transforms", "augmentation article", lambda config, _: config.augmentation == "article"),
     _Rule("mirroring", "augmentation nnunet or article", lambda config, _: config.augmentation != "none" or not config.mirroring),
+    _Rule("grey", "augmentation nnunet", lambda config, _: config.augmentation == "nnunet" or not config.grey),
     # a whole image that was resized is the same patch wherever its foreground lies
     _Rule("oversampling", "sliding", lambda config, _: config.model != "vnet" or config.sliding or not config.oversampling),
     _Rule("validation_interval", "validation_batches above 0", lambda config, _: config.validation_batches > 0),

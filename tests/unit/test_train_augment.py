@@ -282,6 +282,33 @@ def test_the_article_turns_no_slices() -> None:
         Augment(make_spec(patch=(1, 8, 8), network=UNET_2D), "article")
 
 
+# ------------------------------------------------------------------ grey
+def test_some_samples_become_grey_and_the_others_stay_as_they_were() -> None:
+    colours = tuple(Channel(name=name, normalization=NoNorm()) for name in ("red", "green", "blue"))
+    spec = make_spec(patch=PATCH, channels=colours, network=UNET_3D.model_copy(update={"in_channels": 3}))
+    never, half = Augment(spec, "nnunet"), Augment(spec, "nnunet", grey=0.5)
+    sample = _sample(initial_patch(spec, "nnunet"), channels=3)
+
+    def correlation(augment: Augment, seed: int) -> float:
+        image = augment(sample, _rng(seed))[0].reshape(3, -1).numpy()
+        return float(np.corrcoef(image)[np.triu_indices(3, 1)].min())
+
+    # its channels differ by what nnU-Net does to each, no longer by what they show
+    grey = [correlation(half, seed) > 0.5 for seed in range(40)]
+    assert 10 < sum(grey) < 30
+    assert all(correlation(never, seed) < 0.5 for seed in range(40))
+    assert sample.data[1].std() > 0.5
+    assert not np.array_equal(sample.data[0], sample.data[1])
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(1, "nnunet"), (3, "none")])
+def test_grey_samples_need_colours_and_transforms(channels: int, kind: str) -> None:
+    colours = tuple(Channel(name=str(n), normalization=NoNorm()) for n in range(channels))
+    spec = make_spec(patch=PATCH, channels=colours, network=UNET_3D.model_copy(update={"in_channels": channels}))
+    with pytest.raises(SpecError, match="grey: expected several channels and augmentation 'nnunet', got"):
+        Augment(spec, kind, grey=0.1)
+
+
 # ------------------------------------------------------------------ cascade
 def test_labels_of_the_stage_before_become_channels() -> None:
     image, labels = torch.full((1, 2, 2, 2), 7.0), torch.tensor([[[0, 5], [9, -1]], [[5, 5], [0, 9]]], dtype=torch.int16)
