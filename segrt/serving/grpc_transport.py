@@ -151,6 +151,9 @@ class GrpcTransport:
         # a connection that breaks under a call
         if code == "UNKNOWN" and "stream removed" in text.lower():
             return Failure("unavailable", text)
+        # a server that others reach refuses this machine's shared memory, whoever asks and however often
+        if code == "UNAVAILABLE" and "protocol is restricted" in text:
+            return Failure("failed", text)
         return Failure(_REASONS.get(code) or reason_of_internal(text), text)
 
 
