@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,15 @@ from ..errors import BuildError, InputError
 from ..files import write_atomic
 from ..io import read_volume
 from ..level import level_of, levels_of
-from ..predictor import Predictor
 from ..report.tables import write_rows
 from ..spec import UNetPPSpec
 from ..volume import Grid, Volume
 from .scoring import Score, Validation, score
+from .timing import time_models
 
 logger = logging.getLogger(__name__)
 
 MAX_DROP = 0.005
-_RUNS, _MOST_RUNS, _SECONDS = 15, 300, 2.0  # of each level, and in all
-_QUARTER = 25
 # dimensions -> how many times faster than L4: read off a figure
 _PUBLISHED = {2: {"L1": 3.5, "L2": 2.4, "L3": 1.5, "L4": 1.0}, 3: {"L1": 3.9, "L2": 2.5, "L3": 1.4, "L4": 1.0}}
 
@@ -163,7 +159,7 @@ def measure_levels(
     names = [*(name for name in levels if name != level_of(bundle.spec)), levels_of(bundle.spec)[-1]]
     bundles = [bundle.at_level(name) for name in names]
     volume = _image(bundle, sample, validation)
-    timed = _time(bundles, volume, options)
+    timed = time_models(bundles, volume, options)
     scores: list[Score] | list[None] = [None] * len(names)
     if validation is not None:
         logger.info("scoring %s on %s", ", ".join(names), validation.source)
@@ -215,38 +211,6 @@ def _image(bundle: Bundle, sample: str | Path | None, validation: Validation | N
     shape = bundle.spec.inference.patch
     noise = np.random.default_rng(0).integers(0, 255, (len(channels), *shape)).astype(np.uint8)
     return Volume(noise, Grid(shape, (1.0, 1.0, 1.0)), "noise")
-
-
-@dataclass(frozen=True)
-class _Timed:
-    """Milliseconds of each level, of a whole prediction and of its network, and how they were found."""
-
-    ms: list[tuple[float, float]]
-    runs: int
-    device: str
-    engine: str
-
-
-def _time(bundles: Sequence[Bundle], volume: Volume, options: Mapping[str, Any]) -> _Timed:
-    """Predict one image by every level in turn, so that a busy moment hits all; other work only ever adds, so the faster quarter counts."""
-    with ExitStack() as stack:
-        predictors = [stack.enter_context(Predictor(bundle, **options)) for bundle in bundles]
-        for predictor in predictors:
-            predictor(volume)
-        spent = [list[tuple[float, float]]() for _ in predictors]
-        start = time.perf_counter()
-        while len(spent[0]) < _RUNS or (len(spent[0]) < _MOST_RUNS and time.perf_counter() - start < _SECONDS):
-            for predictor, times in zip(predictors, spent, strict=True):
-                times.append(_once(predictor, volume))
-        whole = predictors[-1]
-        ms = [(float(image), float(network)) for image, network in (np.percentile(times, _QUARTER, axis=0) for times in spent)]
-        return _Timed(ms, len(spent[0]), whole.device, whole.engines[0].name)
-
-
-def _once(predictor: Callable[[Volume], Any], volume: Volume) -> tuple[float, float]:
-    start = time.perf_counter()
-    seconds = predictor(volume).seconds
-    return 1000 * (time.perf_counter() - start), 1000 * seconds["network"]
 
 
 def _plain(values: Any) -> Any:
