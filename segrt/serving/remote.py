@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
     from ..predictor import Previous
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An image as it is sent: tensors, its grid unless only the server will have read it, and its name."""
+
+    inputs: Mapping[str, Array]
+    grid: Grid | None
+    name: str
 
 
 class RemotePredictor:
@@ -104,26 +113,18 @@ class RemotePredictor:
             When no answer came: no server, a failure in it, out of time, or this RemotePredictor was closed.
         """
         start = time.perf_counter()
-        options = self.options.model_copy(update={"probabilities": probabilities})
-        files = files_of(image) if self.connection.send_files and previous is None else None
-        if files is not None:
-            inputs, grid, name = file_tensors(files), None, files[0].name
-        else:
-            volume = read_volume(image, [channel.name for channel in self.spec.channels])
-            if previous is not None and not self.takes_previous:
-                raise InputError(f"{volume.name}: model {self.spec.name!r} is not the second stage of a cascade; pass no labels to it")
-            stage = None if previous is None else read_previous(previous, volume.name, volume.grid)
-            inputs, grid, name = tensors_of(volume, stage), volume.grid, volume.name
-        read = time.perf_counter()
-        answer = self._ask(inputs, options.model_copy(update={"name": name[-255:]}), grid, progress)
+        asked = self._read(image, previous)
+        read_s = time.perf_counter() - start
+        options = self.options.model_copy(update={"probabilities": probabilities, "name": asked.name[-255:]})
+        answer = self._ask(asked, options, progress)
         report = report_in(answer)
         self._follow(report.bundle_sha)
         if progress is not None and not self._streams:
             progress(report.windows[0], report.windows[0])
-        there = {stage: seconds for stage, seconds in report.seconds.items() if grid is None or stage != "read"}
-        travel = max(time.perf_counter() - read - sum(report.seconds.values()), 0.0)
-        seconds = {"read": read - start, "transfer": travel, **there} if grid is not None else {**there, "transfer": travel}
-        return segmentation_of(answer, report, self.spec, grid, name, seconds)
+        seconds = {**report.seconds, "read": read_s if asked.grid else report.seconds.get("read", 0.0)}
+        # what the stages do not explain: the way there and back, and waiting for others
+        seconds["transfer"] = max(time.perf_counter() - start - sum(seconds.values()), 0.0)
+        return segmentation_of(answer, report, self.spec, asked.grid, asked.name, seconds)
 
     @property
     def spec(self) -> ModelSpec:
@@ -166,6 +167,17 @@ class RemotePredictor:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _read(self, image: Source, previous: Previous | None) -> Asked:
+        """The image as it is sent: its files where they may be, else its voxels."""
+        files = files_of(image) if self.connection.send_files and previous is None else None
+        if files is not None:
+            return Asked(file_tensors(files), None, files[0].name)
+        volume = read_volume(image, [channel.name for channel in self.spec.channels])
+        if previous is not None and not self.takes_previous:
+            raise InputError(f"{volume.name}: model {self.spec.name!r} is not the second stage of a cascade; pass no labels to it")
+        stage = None if previous is None else read_previous(previous, volume.name, volume.grid)
+        return Asked(tensors_of(volume, stage), volume.grid, volume.name)
+
     def _describe(self) -> ServedModel:
         """What the server says of the model; a server that is not there is not waited for."""
         patience = Patience(replace(self.connection, timeout_s=None, retries=0))
@@ -190,16 +202,16 @@ class RemotePredictor:
             )
             self._served = self._describe().model_copy(update={"bundle_sha": bundle_sha})
 
-    def _ask(self, inputs: Mapping[str, Array], options: RequestOptions, grid: Grid | None, progress: ProgressFn | None) -> Answer:
+    def _ask(self, asked: Asked, options: RequestOptions, progress: ProgressFn | None) -> Answer:
         """The answer of the first attempt that gets one."""
         outputs = [LABELS, REPORT, *([PROBABILITIES] if options.probabilities else [])]
-        wanted = {} if grid is None else answers_of(self.spec, grid, probabilities=options.probabilities)
+        wanted = {} if asked.grid is None else answers_of(self.spec, asked.grid, probabilities=options.probabilities)
         patience = Patience(self.connection)
         with self._call():
             while True:
                 try:
                     told = options.model_copy(update={"timeout_s": patience.left}).to_parameters()
-                    question = Question(self.model, self.version, inputs, outputs, told)
+                    question = Question(self.model, self.version, asked.inputs, outputs, told)
                     return self._attempt(question, wanted, patience.left, progress)
                 except Failure as failure:
                     if self._closed.is_set():
@@ -211,12 +223,13 @@ class RemotePredictor:
                     self._closed.wait(pause)
 
     def _attempt(self, question: Question, wanted: Mapping[str, Wanted], timeout: float | None, progress: ProgressFn | None) -> Answer:
-        ask: Callable[[Question], Answer] = lambda asked: self._transport.infer(asked, timeout)  # noqa: E731
-        if progress is not None and self._can_stream(timeout):
+        tell = progress if progress is not None and self._can_stream(timeout) else None
+        if tell is not None:
             question = replace(question, model=question.model + STREAM_SUFFIX, outputs=[*question.outputs, PROGRESS])
-            ask = lambda asked: self._streamed(asked, timeout, progress)  # noqa: E731
         with self._memory.shelf(question, wanted, timeout) as shelf:
-            return shelf.take(ask(shelf.question))
+            if tell is None:
+                return shelf.take(self._transport.infer(shelf.question, timeout))
+            return shelf.take(self._streamed(shelf.question, timeout, tell))
 
     def _can_stream(self, timeout: float | None) -> bool:
         """Whether the server has the model that tells of its progress."""
