@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Literal
 
 from ..errors import InputError, SegrtError, SpecError
 from ..protocol import ErrorCode
 
 Outcome = Literal["done", "refused", "cancelled", "late", "failed"]
+_ASK_S = 0.02
 DONE: Outcome = "done"
 
 
@@ -35,13 +37,17 @@ class Attention:
         self, is_cancelled: Callable[[], bool], timeout_s: float | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._is_cancelled, self._timeout_s, self._clock = is_cancelled, timeout_s, clock
-        self._start = clock()
+        self._start, self._asked = clock(), -inf
 
     def check(self) -> None:
         """Raise `Abandoned` when the work is for nobody."""
-        if self._is_cancelled():
-            raise Abandoned("cancelled", "the request was cancelled; its windows were stopped")
-        if self._timeout_s is not None and self._clock() - self._start > self._timeout_s:
+        now = self._clock()
+        # a question to the server's process; windows of a small network are faster than its answer
+        if now - self._asked >= _ASK_S:
+            self._asked = now
+            if self._is_cancelled():
+                raise Abandoned("cancelled", "the request was cancelled; its windows were stopped")
+        if self._timeout_s is not None and now - self._start > self._timeout_s:
             raise Abandoned("late", f"gave up after {self._timeout_s:g} s, the time this request was given; allow more or ask for less")
 
 

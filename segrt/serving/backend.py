@@ -47,6 +47,7 @@ class PipelineModel:
         self._setting = Setting.from_server(args)
         self._meters = Meters(self._setting.model, self._setting.version)
         self._attention: Attention | None = None
+        self._waited: list[float] = []
         how: dict[str, Any] = {"device": self._setting.device, "threads": self._setting.told.threads}
         self._predictors = Predictors(self._setting.bundle, self._watched, **how)
         self._predictors.choose(RequestOptions())
@@ -84,6 +85,7 @@ class PipelineModel:
             response, outcome = failed(err, on_stream=self._streams), outcome_of(err)[0]
         finally:
             self._attention = None
+            self._waited.clear()
         self._meters.count_case(outcome, time.perf_counter() - start)
         return response
 
@@ -99,6 +101,7 @@ class PipelineModel:
         )
         seconds = {**segmentation.seconds, "read": read_s}
         self._meters.count_work(segmentation, len(asked.volume.data), seconds)
+        self._meters.count_wait(sum(self._waited))
         done = replace(segmentation, seconds=seconds)
         how = {"bundle_sha": setting.bundle.fingerprint, "version": setting.version}
         return answer(done, options, setting.bundle.spec, request.requested_output_names(), **how)
@@ -114,7 +117,7 @@ class BlsModel(PipelineModel):
             if (found.path, found.level, network.member) == (bundle.path, bundle.level, member):
                 on_gpu = setting.device != "cpu"
                 batch = gpu_batch(bundle.spec.inference.patch) if on_gpu else batch_size(bundle)
-                caller = PatchCaller(network.model, int(setting.version), batch=batch, told=self._meters.count_wait)
+                caller = PatchCaller(network.model, int(setting.version), batch=batch, told=self._waited.append)
                 return Hosted(caller, setting.device) if on_gpu else caller
         raise InputError(f"model {setting.model!r} has no network for member {member!r} of {bundle.path.name}, level {bundle.level}")
 

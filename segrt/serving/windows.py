@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 # a network's process that was lost is back within seconds
 _WAITS_S = (0.2, 1.0, 3.0)
-_AT_ONCE = 2
 
 
 class Watched:
@@ -55,35 +53,32 @@ class PatchCaller:
     Parameters
     ----------
     model, version : who runs it
-    batch : windows its engine likes best; some such batches are asked for at once, so that the next one waits when one is done
-    told : gets the seconds that each answer took
+    batch : windows its engine likes best; with any other number sums would be rounded otherwise than by that engine itself
+    told : gets the seconds that each call took
     """
 
     held_bytes = 0
     device = "cpu"
 
     def __init__(self, model: str, version: int, *, batch: int, told: Callable[[float], None]) -> None:
-        self._model, self._version, self._told, self._part = model, version, told, batch
-        self.name, self.batch = f"model {model}, version {version}", batch * _AT_ONCE
-        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="segrt-windows")
+        self._model, self._version, self._told = model, version, told
+        self.name, self.batch = f"model {model}, version {version}", batch
 
     def __call__(self, patches: FloatArray) -> Array:
         """Have the network run; see `Engine`."""
-        parts = [np.ascontiguousarray(patches[first : first + self._part]) for first in range(0, len(patches), self._part)]
-        logits = [self._ask(parts[0])] if len(parts) == 1 else list(self._threads.map(self._ask, parts))
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+        start = time.perf_counter()
+        parts = [self._ask(np.ascontiguousarray(patches[first : first + self.batch])) for first in range(0, len(patches), self.batch)]
+        self._told(time.perf_counter() - start)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown()
+        """Nothing is held."""
 
     def _ask(self, patches: FloatArray) -> Array:
         """Logits of one batch, after a few tries: equal patches give equal logits, however often they are sent."""
         for wait_s in (*_WAITS_S, None):
-            start = time.perf_counter()
             response = self._send(patches)
             if not response.has_error():
-                self._told(time.perf_counter() - start)
                 (logits,) = response.output_tensors()
                 # the server's memory is read-only and short-lived; these logits belong to the caller
                 return np.array(view(logits))
