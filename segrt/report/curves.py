@@ -53,25 +53,25 @@ def write_curves(path: str | Path, runs: Mapping[str, str | Path]) -> None:
         if not rows:
             raise InputError(f"{folder}: no training.csv with a row in it; train first")
         _draw(loss, rows, "loss", name)
+        _draw(dice, rows, "dice", f"{name}, training", alpha=0.5)
         if checks:
             _draw(loss, checks, "loss", f"{name}, validation", style="--")
-            _draw(dice, checks, "dice", f"{name}, mean")
+            _draw(dice, checks, "dice", f"{name}, validation")
             if len(runs) == 1:
                 _draw(dice, checks, "average", "moving average", style="--")
-                for label in list(checks[0])[4:]:
+                for label in _parts(checks):
                     _draw(dice, checks, label, label, alpha=0.6)
-        else:
-            _draw(dice, rows, "dice", f"{name}, training")
         _draw(lr, rows, "lr", name)
         _draw(cost, rows, "batch_cost", f"{name}, batch")
         _draw(cost, rows, "reader_cost", f"{name}, reader", style="--")
-    titles = {"loss": loss, "Dice (pseudo, on patches)": dice, "learning rate": lr, "seconds per iteration": cost}
+    titles = {"loss": loss, "Dice of batches": dice, "learning rate": lr, "seconds per iteration": cost}
     for title, panel in titles.items():
         panel.set_title(title)
         panel.set_xlabel("iteration")
         panel.grid(alpha=0.3)
         if panel.has_data():
             panel.legend(fontsize=8)
+    _spare_outliers(loss)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -119,6 +119,20 @@ def write_comparison(path: str | Path, runs: Mapping[tuple[str, str], Sequence[P
     for panel, unit in zip(panels[-1], ("iteration", "training time (min)"), strict=True):
         panel.set_xlabel(unit)
     figure.savefig(path, dpi=100)
+
+
+def _parts(checks: Rows) -> list[str]:
+    """Columns of the single classes, but for one that is the mean itself."""
+    return [name for name in list(checks[0])[4:] if any(row[name] != row["dice"] for row in checks)]
+
+
+def _spare_outliers(panel: Any) -> None:
+    """Let a few values far from all others, as a network has before it has learnt, not flatten the curves."""
+    values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in panel.get_lines()])
+    low, high = np.nanpercentile(values, (1, 99))
+    margin = 0.2 * (high - low)
+    if margin > 0 and (values.min() < low - margin or values.max() > high + margin):
+        panel.set_ylim(low - margin, high + margin)
 
 
 def _trace(panel: Any, rows: Rows, column: str, scale: Array, look: Mapping[str, Any], *, points: int) -> None:

@@ -47,7 +47,7 @@ def write_errors(path: str | Path, cases: Sequence[tuple[str, Array, Array, Arra
     write_sheet(path, cells, _MEANING, what="predictions")
 
 
-def write_overview(path: str | Path, cases: Sequence[tuple[str, Array, Array]], names: Mapping[int, str]) -> None:
+def write_overview(path: str | Path, cases: Sequence[tuple[str, Array, Array]], names: Mapping[int, str], *, title: str = "") -> None:
     """Write a page of predictions whose truth nobody knows: each case's fullest slice, alone and under its labels.
 
     Parameters
@@ -55,6 +55,7 @@ def write_overview(path: str | Path, cases: Sequence[tuple[str, Array, Array]], 
     path : file to write, such as overview.png
     cases : (name, image (C, Z, Y, X), labels (Z, Y, X)); not modified
     names : label value -> name in the legend; other values are not drawn
+    title : of the page
 
     Raises
     ------
@@ -68,7 +69,7 @@ def write_overview(path: str | Path, cases: Sequence[tuple[str, Array, Array]], 
         check_shapes("predictions", name, image, labels)
         z = busiest_slice(labels, 0)
         cells.append((name, displayed(image[:, z]), colour_labels(labels[z], names)))
-    write_sheet(path, cells, legend_of(names), what="predictions")
+    write_sheet(path, cells, legend_of(names), what="predictions", title=title)
 
 
 def overview_of_files(path: str | Path, cases: Sequence[tuple[str, Sequence[Path], Path]], names: Mapping[int, str]) -> None:
@@ -80,7 +81,8 @@ def overview_of_files(path: str | Path, cases: Sequence[tuple[str, Sequence[Path
         See `write_overview`; or when a file cannot be read.
     """
     shown = [cases[i] for i in spread(len(cases))]
-    write_overview(path, [(name, read_volume(list(files)).data, read_labels(labels)[0]) for name, files, labels in shown], names)
+    read = [(name, read_volume(list(files)).data, read_labels(labels)[0]) for name, files, labels in shown]
+    write_overview(path, read, names, title=f"{len(shown)} of {len(cases)} cases" if len(shown) < len(cases) else "")
 
 
 def overlap_of(truth: Array, found: Array) -> Overlap:

@@ -18,7 +18,7 @@ def write_samples(path: str | Path, samples: Sequence[tuple[str, Array, Array]],
     Parameters
     ----------
     path : file to write, such as samples.png
-    samples : (name, image (Z, Y, X), labels (Z, Y, X) with -1 for what is not learned); not modified
+    samples : (name, image (C, Z, Y, X), labels (Z, Y, X) with -1 for what is not learned); not modified
     names : label -> name in the legend
 
     Raises
@@ -30,8 +30,9 @@ def write_samples(path: str | Path, samples: Sequence[tuple[str, Array, Array]],
     """
     cells = []
     for name, image, labels in samples:
-        check_shapes("samples", name, image[None], labels)
+        check_shapes("samples", name, image, labels)
         shown = np.maximum(labels, 0)
         z = busiest_slice(shown, 0)
-        cells.append((f"{name}, slice {z}", displayed(image[None, z]), colour_labels(shown[z], names)))
+        title = name if len(shown) == 1 else f"{name}, slice {z}"
+        cells.append((title, displayed(image[:, z]), colour_labels(shown[z], names)))
     write_sheet(path, cells, legend_of(names), what="samples")

@@ -16,15 +16,18 @@ _COLUMNS = 4
 
 
 @plain_text()
-def write_sheet(path: str | Path, cells: Sequence[tuple[str, Array, Array]], legend: Mapping[str, str], *, what: str) -> None:
+def write_sheet(
+    path: str | Path, cells: Sequence[tuple[str, Array, Array]], legend: Mapping[str, str], *, what: str, title: str = ""
+) -> None:
     """Write a page, four cases in a row.
 
     Parameters
     ----------
     path : file to write
-    cells : (title, picture (Y, X, 3) uint8, overlay (Y, X, 4) uint8) of each case
+    cells : (name, picture (Y, X, 3) uint8, overlay (Y, X, 4) uint8) of each case
     legend : text -> colour, such as "#3cb44b"
     what : what the cases are, for the error
+    title : of the page
 
     Raises
     ------
@@ -41,12 +44,14 @@ def write_sheet(path: str | Path, cells: Sequence[tuple[str, Array, Array]], leg
     places = figure.subplots(2 * rows, columns, squeeze=False)
     for place in places.ravel():
         place.set_axis_off()
-    for number, (title, picture, overlay) in enumerate(cells):
+    for number, (name, picture, overlay) in enumerate(cells):
         row, column = divmod(number, columns)
         for place in places[2 * row : 2 * row + 2, column]:
             place.imshow(picture)
         places[2 * row + 1, column].imshow(overlay, interpolation="nearest")
-        places[2 * row, column].set_title(title, color="white", fontsize=9)
+        places[2 * row, column].set_title(name, color="white", fontsize=9)
+    if title:
+        figure.suptitle(title, color="white")
     draw_legend(figure, legend)
     figure.tight_layout(rect=(0, 0, 1 - 2 / figure.get_figwidth(), 1))
     figure.savefig(path, dpi=75)

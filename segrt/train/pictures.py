@@ -38,9 +38,12 @@ def draw_samples(fold: Fold) -> None:
         workers=0,
     )
     samples: list[tuple[str, Array, Array]] = []
+    colours = len(spec.channels)  # what follows them are labels of a stage before
     for data, targets, names in source():
-        for image, target, name in zip(data[:, 0].numpy(), targets[0].numpy(), names, strict=True):
-            samples.append((name, _volume(image), _volume(label_values(target, spec))))
+        for image, target, name in zip(data[:, :colours].numpy(), targets[0].numpy(), names, strict=True):
+            labels = label_values(target, spec)
+            flat = labels.ndim == 2
+            samples.append((name, image[:, None] if flat else image, labels[None] if flat else labels))
         if len(samples) >= _SHOWN:
             break
     write_samples(path, samples[:_SHOWN], dict(zip(class_values(spec), class_names(spec), strict=True)))
@@ -58,8 +61,3 @@ def draw_predictions(fold: Fold, dataset: Dataset, summary: Summary) -> None:
             truth = np.where(truth == dataset.ignore, 0, truth)
         shown.append((case.name, volume.data, truth, read_labels(case.prediction)[0]))
     write_errors(fold.folder / "predictions.png", shown)
-
-
-def _volume(array: Array) -> Array:
-    """A slice as a volume of one."""
-    return array[None] if array.ndim == 2 else array

@@ -106,10 +106,10 @@ def test_curves_of_one_and_of_several_runs(tmp_path: Path) -> None:
 def test_contact_sheet(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     image, labels = rng.normal(size=(3, 9, 8)).astype(np.float32), rng.integers(-1, 3, (3, 9, 8))
-    write_samples(tmp_path / "samples.png", [(f"case {i}", image, labels) for i in range(5)], {1: "liver", 2: "spleen"})
+    write_samples(tmp_path / "samples.png", [(f"case {i}", image[None], labels) for i in range(5)], {1: "liver", 2: "spleen"})
     assert (tmp_path / "samples.png").read_bytes().startswith(PNG)
     with pytest.raises(InputError, match=r"'a' have shape \(2, 9, 8\), its image \(3, 9, 8\)"):
-        write_samples(tmp_path / "bad.png", [("a", image, labels[:2])], {1: "liver"})
+        write_samples(tmp_path / "bad.png", [("a", image[None], labels[:2])], {1: "liver"})
     with pytest.raises(InputError, match="none given"):
         write_samples(tmp_path / "bad.png", [], {})
 
