@@ -10,7 +10,7 @@ from ..arrays import require
 from ..errors import InputError
 from ..protocol import ErrorCode, code_of
 from .connection import Address, Connection, Tls
-from .wire import Answer, Failure, Question, Reason, Region, Running, decode, placeholder, reason_of_internal, type_name
+from .wire import Answer, Failure, Question, Reason, Region, Running, decode, placeholder, reason_of, type_name
 
 # the protocol's own limit for one message
 _MOST_BYTES = 2**31 - 1
@@ -154,7 +154,8 @@ class GrpcTransport:
         # a server that others reach refuses this machine's shared memory, whoever asks and however often
         if code == "UNAVAILABLE" and "protocol is restricted" in text:
             return Failure("failed", text)
-        return Failure(_REASONS.get(code) or reason_of_internal(text), text)
+        reason = _REASONS.get(code, "failed")
+        return Failure(reason_of(text, reason) if reason in ("failed", "unknown") else reason, text)
 
 
 def _place(tensor: Any, question: Question, name: str) -> None:
@@ -167,7 +168,7 @@ def _place(tensor: Any, question: Question, name: str) -> None:
 def _streamed_failure(message: str) -> Failure:
     # the metadata triton_grpc_error would bring the status, and with it the end of a Triton 2.51 (a segmentation fault)
     code, text = code_of(message)
-    return Failure(_CODES[code] if code else reason_of_internal(text), text)
+    return Failure(_CODES[code] if code else reason_of(text), text)
 
 
 def _answer(response: Any, question: Question) -> Answer:

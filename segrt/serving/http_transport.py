@@ -17,11 +17,19 @@ import numpy as np
 
 from ..errors import BackendError, InputError
 from .connection import Address, Connection, Tls
-from .wire import Answer, Failure, Question, Reason, Region, Running, decode, placeholder, reason_of_internal, type_name
+from .wire import Answer, Failure, Question, Reason, Region, Running, decode, placeholder, reason_of, type_name
 
 _HEADER_SIZE = "Inference-Header-Content-Length"
-_REASONS: dict[int, Reason] = {400: "invalid", 404: "unknown", 408: "late", 429: "unavailable", 499: "cancelled"}
-_GATEWAY: dict[int, Reason] = {502: "unavailable", 503: "unavailable", 504: "late"}
+_REASONS: dict[int, Reason] = {
+    400: "invalid",
+    404: "unknown",
+    408: "late",
+    429: "unavailable",
+    499: "cancelled",
+    502: "unavailable",
+    503: "unavailable",
+    504: "late",
+}
 # zlib's window bits of the two formats
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 
@@ -197,8 +205,8 @@ def _failure(status: int, body: bytes) -> Failure:
         text = str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):
         text = body[:200].decode(errors="replace").strip() or f"HTTP {status}"
-    reason = _REASONS.get(status) or _GATEWAY.get(status) or reason_of_internal(text)
-    return Failure(reason, text)
+    reason = _REASONS.get(status, "failed")
+    return Failure(reason_of(text, reason) if reason in ("failed", "unknown") else reason, text)
 
 
 def _parsed(text: bytes | memoryview) -> Any:

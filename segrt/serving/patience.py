@@ -39,7 +39,7 @@ class Patience:
         if failure.reason == "invalid":
             return InputError(text)
         if failure.reason == "unknown":
-            return InputError(f"{where} has no model {model!r} ({text}); see its models with segrt-serve's log, or choose another --model")
+            return InputError(f"{where} has no model {model!r} ({text}); a model is named as its folder in the model repository")
         out_of_time = self._end is not None and time.monotonic() > self._end
         if failure.reason == "late" or (failure.reason == "unavailable" and out_of_time):
             allowed = self._connection.timeout_s or self._connection.connect_s

@@ -188,10 +188,12 @@ class SharedMemoryUse:
     def _region(self, size: int) -> SystemRegion | CudaRegion | None:
         if self.kind is None:
             return None
-        if self.kind == "cuda":
-            return CudaRegion(size)
         try:
-            return SystemRegion(size)
+            return CudaRegion(size) if self.kind == "cuda" else SystemRegion(size)
+        except BackendError:
+            raise
+        except RuntimeError as err:  # how CuPy says that there is no GPU, or no memory left on it
+            raise BackendError(f"no {size / 1e6:.0f} MB of a GPU's memory ({err}); use shared_memory system or off") from err
         except OSError as err:
             if self._insists:
                 raise BackendError(

@@ -27,8 +27,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "FP64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# what the server says of a model process that died under a request, or while it is started again; the next request finds a new one
-_DEAD_PROCESS = ("stub process", "stub is not", "shared memory segment", "unloading", "is not ready", "no available versions")
+# what the server says of a model process that died under a request, and while one version of a model gives way to another
+_PASSING = ("stub process", "stub is not", "shared memory segment", "unloading", "is not ready", "no available versions")
 
 
 class Failure(Exception):  # noqa: N818 - no error of segrt's: it never leaves the client, which says it as a SegrtError
@@ -39,9 +39,9 @@ class Failure(Exception):  # noqa: N818 - no error of segrt's: it never leaves t
         self.reason, self.text = reason, text
 
 
-def reason_of_internal(text: str) -> Reason:
-    """Tell a model process that died, which is worth a repeat, from a failure that will repeat itself."""
-    return "unavailable" if any(sign in text.lower() for sign in _DEAD_PROCESS) else "failed"
+def reason_of(text: str, otherwise: Reason = "failed") -> Reason:
+    """Tell a process that died or a model that is being exchanged, which is worth a repeat, from a failure that will repeat itself."""
+    return "unavailable" if any(sign in text.lower() for sign in _PASSING) else otherwise
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -224,3 +225,17 @@ def test_triton_that_is_started_again_is_found_by_the_next_repeat(tmp_path: Path
     remote.close()
     with pytest.raises(BackendError, match="check the address, and that the server runs"):
         RemotePredictor(remote.where, "scripted")
+
+
+def test_triton_that_loads_another_version_loses_no_request(tmp_path: Path, protocol: str) -> None:
+    """Requests that come while the model is away are asked again."""
+    with running(tmp_path, control="explicit") as server, ThreadPoolExecutor(4) as pool:
+        remote = RemotePredictor(server.grpc if protocol == "grpc" else f"http://{server.http}", "scripted")
+        waiting = [pool.submit(remote, told(str(number), IMAGE)) for number in range(40)]
+        for action in ("unload", "load"):
+            request = urllib.request.Request(f"http://{server.http}/v2/repository/models/scripted/{action}", method="POST")
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+                assert answer.status == 200
+        waiting += [pool.submit(remote, told(str(number), IMAGE)) for number in range(4)]
+        assert all(np.array_equal(each.result(PATIENCE_S).labels, IMAGE) for each in waiting)
+        remote.close()

@@ -21,10 +21,11 @@ from segrt.errors import BackendError, InputError
 from segrt.protocol import FILE, FILE_SIZES, IMAGE, IMAGE_INT16, PREVIOUS, REPORT, Report
 from segrt.serving import Connection, RemotePredictor, Tls
 from segrt.serving.connection import parse_address
+from segrt.serving.grpc_transport import GrpcTransport
 from segrt.serving.patience import Patience
 from segrt.serving.questions import file_tensors, files_of, report_in, segmentation_of, tensors_of
-from segrt.serving.shared import SystemRegion
-from segrt.serving.wire import Failure
+from segrt.serving.shared import SharedMemoryUse, SystemRegion
+from segrt.serving.wire import Failure, Question
 from segrt.volume import Grid
 
 NOBODY = "127.0.0.1:9"
@@ -147,6 +148,22 @@ def test_an_answer_that_is_none_is_refused() -> None:
     for answer in ({}, {"LABELS": np.zeros((1, 2, 4), np.uint8)}, {"LABELS": np.zeros(8, np.uint8)}):
         with pytest.raises(BackendError, match="expected shape"):
             segmentation_of(answer, report, make_spec(), Grid((1, 2, 3)), "a", {})
+
+
+def test_what_grpc_cannot_carry_is_said_before_it_is_sent() -> None:
+    transport = GrpcTransport(parse_address(NOBODY), Connection())
+    large = np.broadcast_to(np.int16(0), (1, 1200, 1000, 1000))
+    with pytest.raises(InputError, match=r"the image takes 2.40 GB, gRPC carries 2 GB; use http:// or"):
+        transport.infer(Question("liver", "", {IMAGE_INT16: large}, ["LABELS"]), 1)
+    transport.close()
+
+
+def test_a_gpus_memory_needs_a_gpu() -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is one")
+    memory = SharedMemoryUse(GrpcTransport(parse_address(NOBODY), Connection()), "cuda", near=True)
+    with pytest.raises(BackendError, match=r"cupy is needed here|of a GPU's memory"), memory.shelf(Question("liver", "", {}, []), {}, 1):
+        pass
 
 
 def test_a_region_is_gone_when_it_is_closed() -> None:
