@@ -87,23 +87,34 @@ class ServerOptions:
         return level <= LOG_LEVELS.index(self.log_level)
 
     def with_free_ports(self) -> ServerOptions:
-        """Options in which ports that were 0 are free ones, all different."""
+        """Options in which ports that were 0 are free ones, all different.
+
+        Raises
+        ------
+        InputError
+            When one that was chosen is taken.
+        """
         family = socket.AF_INET6 if ip_address(self.host).version == 6 else socket.AF_INET
         ports = {}
         with contextlib.ExitStack() as held:
             for name in _PORTS:
-                if getattr(self, name) == 0:
-                    taken = held.enter_context(socket.socket(family))
-                    taken.bind((self.host, 0))
-                    ports[name] = taken.getsockname()[1]
+                tried, port = held.enter_context(socket.socket(family)), getattr(self, name)
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(port != 0))
+                try:
+                    tried.bind((self.host, port))
+                except OSError as err:
+                    raise InputError(
+                        f"{name}: {self.host}:{port} cannot be used ({err.strerror}); choose another, or 0 for a free one"
+                    ) from err
+                ports[name] = tried.getsockname()[1]
         return replace(self, **ports)
 
-    def server_arguments(self, repository: Path, backends: Path, *, region: str, key: str) -> list[str]:
+    def server_arguments(self, repository: Path, backends: Path, *, name: str, key: str) -> list[str]:
         """Arguments for tritonserver.
 
         Parameters
         ----------
-        region : beginning of the names of its shared memory
+        name : of the server, with which the names of its shared memory begin
         key : what a caller has to show who loads models where clients may not
         """
         keys = [] if self.control == "explicit" else [f"model-repository:{KEY_HEADER}={key}"]
@@ -111,6 +122,7 @@ class ServerOptions:
             # a key nobody is told
             keys.append(f"{_LOCAL_ONLY}:{KEY_HEADER}-local={secrets.token_hex(16)}")
         return [
+            f"--id={name}",
             f"--model-repository={repository}",
             f"--backend-directory={backends}",
             *(f"--{name}-address={self.host}" for name in ("http", "grpc", "metrics")),
@@ -124,7 +136,7 @@ class ServerOptions:
             "--log-info=true",
             f"--log-verbose={int(self.log_level == 'verbose')}",
             f"--exit-timeout-secs={self.exit_s}",
-            f"--backend-config=python,shm-region-prefix-name={region}",
+            f"--backend-config=python,shm-region-prefix-name={name}",
             # opening an engine may take minutes; the default is half of one
             f"--backend-config=python,stub-timeout-seconds={int(self.ready_s)}",
             # on a machine without a GPU each is a warning at every start

@@ -10,14 +10,10 @@ import os
 import py_compile
 import secrets
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
@@ -27,17 +23,16 @@ from typing import Any
 from ..errors import BackendError, InputError
 from ..protocol import PATCH_SUFFIX
 from .launch import find_tritonserver, prepare_backends, server_environment
-from .options import KEY_HEADER, ServerOptions, is_noise
+from .options import KEY_HEADER, ServerOptions
+from .process import ServerProcess
 from .watch import Watch, processes_of
 
 logger = logging.getLogger(__name__)
 
-_POLL_S, _ATTEMPTS, _KEPT_LINES, _UNLOAD_S = 0.1, 5, 1000, 5.0
+_POLL_S, _ATTEMPTS, _UNLOAD_S = 0.1, 5, 5.0
 _BUSY = "already in use"
-_REQUESTS_DONE = "All models are stopped, unloading models"
 # straight to it: a proxy for the outside is no way to our own process
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-_PR_SET_PDEATHSIG = 1
 
 
 class Server:
@@ -73,12 +68,9 @@ class Server:
         self._show = show
         self._key = secrets.token_hex(16)
         self._ports = self.options
-        # its shared memory gets names of its own, so that what a killed one leaves can be told and removed
-        self._region = f"segrt_{os.getpid()}_{secrets.token_hex(4)}_"
-        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._requests_done = threading.Event()
-        self._process: subprocess.Popen[str] | None = None
-        self._reader: threading.Thread | None = None
+        # also begins the names of its shared memory, so that what a killed one leaves can be told and removed
+        self._name = f"segrt_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._process: ServerProcess | None = None
         self._watch: Watch | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.models()
@@ -101,24 +93,22 @@ class Server:
     @property
     def log(self) -> str:
         """The last lines the server logged, of every level."""
-        return "\n".join(list(self._lines))
+        return "\n".join(self._process.log if self._process else [])
 
     @property
     def reason(self) -> str:
         """The line of the log that says why it ended."""
-        return _reason(list(self._lines))
+        return self._running.reason
 
     @property
     def pid(self) -> int:
         """Process of the server; its group holds the models' processes."""
-        if self._process is None:
-            raise BackendError("the server was not started")
-        return self._process.pid
+        return self._running.pid
 
     @property
     def is_running(self) -> bool:
         """Whether the process is there."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.is_running
 
     @property
     def restarts(self) -> int:
@@ -176,24 +166,22 @@ class Server:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the process ends, and give its exit code (negative: minus the signal); None after `timeout` seconds."""
-        try:
-            return self._process.wait(timeout) if self._process else None
-        except subprocess.TimeoutExpired:
-            return None
+        return self._process.wait(timeout) if self._process else None
 
     def stop(self) -> int | None:
         """End the server once its requests have finished, and give its exit code; it is safe to call twice."""
         if not self.is_running:
             return self.kill()
+        running = self._running
         try:
             if self._watch:
                 self._watch.stop()
-            self._signal(signal.SIGTERM)
-            self._drain()
+            running.send(signal.SIGTERM)
+            self._drain(running)
         finally:
             code = self.kill()
         # a model whose process was killed keeps tritonserver from unloading it; all requests had their answers
-        return 0 if self._requests_done.is_set() else code
+        return 0 if running.requests_done.is_set() else code
 
     def kill(self) -> int | None:
         """End whatever still runs, remove what it left, and give the exit code."""
@@ -201,11 +189,8 @@ class Server:
             return None
         if self._watch:
             self._watch.stop()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        self._join_log()
-        for region in Path("/dev/shm").glob(f"{self._region}*"):
+        code = self._process.kill()
+        for region in Path("/dev/shm").glob(f"{self._name}*"):
             region.unlink(missing_ok=True)
         if self._folder is not None:
             self._folder.cleanup()
@@ -217,25 +202,23 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
+    @property
+    def _running(self) -> ServerProcess:
+        if self._process is None:
+            raise BackendError("the server was not started")
+        return self._process
+
     def _launch(self) -> None:
-        self._lines.clear()
-        self._requests_done.clear()
         self._compile_models()
         self._folder = tempfile.TemporaryDirectory(prefix=f"segrt-serve-{os.getpid()}-")
         backends = prepare_backends(self.installation, Path(self._folder.name))
-        arguments = self._ports.server_arguments(self.repository, backends, region=self._region, key=self._key)
-        self._process = subprocess.Popen(
-            [*_ending_with_us(), str(self.installation.program), *arguments],
-            env=server_environment(self.installation, os.environ) | dict(self.options.environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C reaches us alone; we stop it in order
-        )
-        self._reader = threading.Thread(target=self._read_log, args=(self._process,), name="segrt-server-log", daemon=True)
-        self._reader.start()
+        arguments = self._ports.server_arguments(self.repository, backends, name=self._name, key=self._key)
+        environment = server_environment(self.installation, os.environ) | dict(self.options.environment)
+        self._process = ServerProcess([str(self.installation.program), *arguments], environment, self._log)
+
+    def _log(self, line: str) -> None:
+        if self._show is not None and self.options.shows(line):
+            self._show(line)
 
     def _compile_models(self) -> None:
         """Compile each model.py as its process would, which otherwise makes the server take an unchanged model for a changed one."""
@@ -250,41 +233,29 @@ class Server:
         chosen = set(self._ports.ports) - set(self.options.ports)
         return _BUSY in self.reason and any(f":{port}" in self.reason for port in chosen)
 
-    def _read_log(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        with process.stdout as lines:
-            for line in lines:
-                text = line.rstrip("\n")
-                self._lines.append(text)
-                if _REQUESTS_DONE in text:
-                    self._requests_done.set()
-                if self._show is not None and self.options.shows(text):
-                    self._show(text)
-
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + self.options.ready_s
         while not self._is_ready():
             if not self.is_running:
-                self._join_log()
                 raise BackendError(f"tritonserver ended with code {self.wait()} before it was ready: {self.reason}")
             if time.monotonic() > until:
                 raise BackendError(f"tritonserver was not ready after {self.options.ready_s:g} s (ready_s, --ready-timeout): {self.reason}")
             time.sleep(_POLL_S)
 
     def _is_ready(self) -> bool:
-        """Whether every model is ready; the server itself says so."""
+        """Whether every model is ready; the server itself says so, and by its name that it is ours and not another one at that port."""
         try:
             self._call("health/ready", timeout=5)
+            return bool(json.loads(self._call("", timeout=5))["name"] == self._name)
         except BackendError:
             return False
-        return True
 
-    def _drain(self) -> None:
+    def _drain(self, running: ServerProcess) -> None:
         """Wait while requests finish, and a moment for models to be unloaded."""
         until = time.monotonic() + self.options.exit_s + _UNLOAD_S
-        while self.wait(_POLL_S) is None and time.monotonic() < until:
-            if self._requests_done.is_set():
-                self.wait(_UNLOAD_S)
+        while running.wait(_POLL_S) is None and time.monotonic() < until:
+            if running.requests_done.is_set():
+                running.wait(_UNLOAD_S)
                 return
 
     def _revive(self, model: str) -> None:
@@ -297,7 +268,7 @@ class Server:
         """End a server that cannot do its work, so that whoever watches it starts another."""
         self.failure = why
         logger.error("%s; the server ends", why)
-        self._signal(signal.SIGKILL)
+        self._running.send(signal.SIGKILL)
 
     def _ask_to_load(self, model: str, body: dict[str, Any]) -> None:
         self._call(f"repository/models/{model}/load", body, timeout=self.options.ready_s)
@@ -305,7 +276,7 @@ class Server:
     def _call(self, path: str, body: dict[str, Any] | None = None, *, timeout: float = 30.0) -> bytes:
         """The server's answer; what it refuses is a BackendError with its words."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://{self.http}/v2/{path}", data, {KEY_HEADER: self._key})
+        request = urllib.request.Request(f"http://{self.http}/v2/{path}".rstrip("/"), data, {KEY_HEADER: self._key})
         try:
             with _DIRECT.open(request, timeout=timeout) as answer:
                 return bytes(answer.read())
@@ -314,33 +285,3 @@ class Server:
                 raise BackendError(f"{path}: {err.read().decode(errors='replace')[:500] or err.reason}") from err
         except (urllib.error.URLError, HTTPException, OSError) as err:
             raise BackendError(f"{path}: no answer from the server ({err})") from err
-
-    def _join_log(self) -> None:
-        if self._reader is not None:
-            self._reader.join(5)
-
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-
-def _ending_with_us() -> list[str]:
-    """What runs a program so that it is asked to end when we are killed; the kernel watches the thread, so only the main one will do.
-
-    It is a program of its own because a function between fork and exec would upset the threads of libraries that watch for forks.
-    """
-    if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
-        return []
-    ask = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})"
-    code = f"import ctypes, os, sys; {ask}; os.execv(sys.argv[1], sys.argv[1:])"
-    return [sys.executable, "-S", "-c", code]
-
-
-def _reason(lines: list[str]) -> str:
-    """The line of the log that says why, without its prefix of time and place."""
-    # an argument it does not know makes it print all it does know; what fails to load first is why the rest does
-    usage = [line.split("tritonserver: ", 1)[1] for line in lines if "tritonserver: " in line]
-    models = [line for line in lines if line.startswith("E") and "failed to load '" in line][:1]
-    told = [line for line in lines if line and not is_noise(line)]
-    failures = [line for line in told if line.startswith("E") or any(sign in line.lower() for sign in ("failed", "error", "what():"))]
-    return (usage or models or failures or told or ["it logged nothing"])[-1].split("] ", 1)[-1].strip('" ')

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -323,11 +322,3 @@ def test_triton_command_stops_while_it_starts(tmp_path: Path, started: list[Comm
     said, errors = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, said) == (2, ""), errors
     assert left_behind(process.pid) == []
-
-
-def test_triton_port_that_is_taken_is_a_sentence(echo: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(BackendError, match=r"before it was ready: .*already in use"):
-            Server(echo, ServerOptions(http_port=taken.getsockname()[1], ready_s=60)).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from segrt.cli import serve
 from segrt.errors import BackendError, InputError
 from segrt.serving import launch
 from segrt.serving.options import ServerOptions
-from segrt.serving.server import Server, _reason
+from segrt.serving.process import reason_in
+from segrt.serving.server import Server
 from segrt.serving.watch import Watch, _children, _model_of
 
 STUB = b"\x7fELF ... libpython3.%d.so.1.0 ..."
@@ -92,7 +94,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, str], sentence: s
 
 
 def arguments_of(options: ServerOptions) -> list[str]:
-    return options.server_arguments(Path("models"), Path("backends"), region="segrt_", key="secret")
+    return options.server_arguments(Path("models"), Path("backends"), name="segrt_", key="secret")
 
 
 def test_by_default_nobody_else_reaches_the_server_or_replaces_its_models() -> None:
@@ -112,6 +114,15 @@ def test_free_ports_differ_and_given_ones_stay() -> None:
     chosen = ServerOptions(grpc_port=8001).with_free_ports()
     assert chosen.grpc_port == 8001
     assert len({*chosen.ports, 0}) == 4
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"http_port: 127.0.0.1:{port} cannot be used .Address already in use.; choose another, or 0"):
+            ServerOptions(http_port=port).with_free_ports()
 
 
 def test_addresses_are_those_a_client_on_this_machine_connects_to() -> None:
@@ -134,15 +145,15 @@ def test_the_log_level_chooses_lines_and_what_models_print_is_always_shown() -> 
     assert shown == {"error": [2, 4], "warning": [1, 2, 4], "info": [0, 1, 2, 3, 4]}
 
 
-def test_the_first_model_that_fails_is_the_reason() -> None:
+def test_the_first_model_that_fails_is_thereason_in() -> None:
     log = [
         "E1120 18:36:00.1 7 model_lifecycle.cc:654] \"failed to load 'organ' version 1: Internal: no engine",
         "E1120 18:36:00.1 7 model_lifecycle.cc:654] \"failed to load 'organ_bls' version 1: Internal: no organ",
         "error: creating server: Internal - failed to load all models",
     ]
-    assert _reason(log) == "failed to load 'organ' version 1: Internal: no engine"
-    assert _reason(["/opt/tritonserver: unrecognized option '--foo'", "Usage: tritonserver [options]"]) == "unrecognized option '--foo'"
-    assert _reason([]) == "it logged nothing"
+    assert reason_in(log) == "failed to load 'organ' version 1: Internal: no engine"
+    assert reason_in(["/opt/tritonserver: unrecognized option '--foo'", "Usage: tritonserver [options]"]) == "unrecognized option '--foo'"
+    assert reason_in([]) == "it logged nothing"
 
 
 def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
