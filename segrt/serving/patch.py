@@ -14,7 +14,6 @@ from ..engines import Engine, open_engine
 from ..errors import InputError
 from ..protocol import LOGITS, PATCHES, coded
 from .attention import Attention, outcome_of
-from .metrics import Meters
 from .setting import ServerLog, Setting
 from .tensors import server_module, to_tensor, views_of
 
@@ -22,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class PatchModel:
-    """What the server's python backend runs for a network of a bundle."""
+    """What the server's python backend runs for a network of a bundle.
+
+    It has no metrics of its own: the server counts its windows (nv_inference_count) and batches (nv_inference_exec_count) itself.
+    """
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Open the engine of the one network this model is told."""
@@ -34,7 +36,6 @@ class PatchModel:
         how: dict[str, Any] = {"backend": told.backend, "precision": told.precision, "threads": told.threads}
         self._engine = open_engine(bundle, network.member, device=setting.device, **how)
         self._stream = open_stream(self._engine.device)
-        self._meters = Meters(setting.model, setting.version)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Run what several requests brought as one batch; one that nobody waits for, or that is wrong, does not hold up the others."""
@@ -57,7 +58,6 @@ class PatchModel:
     def finalize(self) -> None:
         """Release the engine."""
         self._engine.close()
-        self._meters.close()
 
     def _patches_of(self, request: Any) -> FloatArray:
         patches: FloatArray = views_of(request)[PATCHES]
@@ -72,7 +72,6 @@ class PatchModel:
         # also one request's are copied: engines may be given memory that can be written
         together = np.concatenate(list(patches.values()))
         logits = self._logits(together)
-        self._meters.count_windows(len(together))
         stops = np.cumsum([len(part) for part in patches.values()])
         return dict(zip(patches, np.split(logits, stops[:-1]), strict=True))
 
