@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..repository import check_target
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -26,6 +25,8 @@ class RepositoryOptions:
     def check(self, bundle: Path) -> None:
         """Raise an InputError for what cannot be served as it is asked for; before a build, which takes minutes."""
         if self.triton is not None:
+            from ..repository import check_target  # after --help, which needs none of it
+
             check_target(self.triton, bundle, self.name)
         elif not (self.name is None and self.instances is None):
             raise InputError("--triton-name and --instances are for a model repository; name its folder with --triton")

@@ -290,7 +290,7 @@ def test_verbose(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     assert "runs on openvino, cpu, fp32" in caplog.text
 
 
-@pytest.mark.parametrize("command", ["predict", "build"])
+@pytest.mark.parametrize("command", ["predict", "build", "serve"])
 def test_help_needs_nothing_heavy(command: str) -> None:
     code = (
         "import sys\n"
