@@ -24,8 +24,8 @@ from segrt.protocol import BLS_SUFFIX, INPUTS
 from segrt.serving.options import ServerOptions
 from segrt.serving.server import Server
 
-# enough for windows to meet; each is a process that has to start
-_BLS_INSTANCES = 2
+# enough for windows to meet: two wait while those of a third are run; each is a process that has to start
+_BLS_INSTANCES = 3
 TIMEOUT_S = 60
 
 
@@ -44,7 +44,9 @@ def write_repository(repository: Path, bundle: Bundle, name: str, *, alone: bool
 @contextmanager
 def serving(repository: Path) -> Iterator[Server]:
     """Start a server whose models clients may load and unload; it is stopped whatever happens."""
-    options = ServerOptions(control="explicit", ready_s=240, exit_s=20, arguments=("--disable-auto-complete-config",))
+    options = ServerOptions(
+        control="explicit", ready_s=240, exit_s=5, arguments=("--disable-auto-complete-config", "--model-load-thread-count=1")
+    )
     with Server(repository, options) as server:
         yield server
 
