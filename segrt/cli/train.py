@@ -107,6 +107,7 @@ def train(
     grey: Annotated[
         float | None, typer.Option(help="Share of samples whose channels all become one of theirs: for pictures that may come grey.")
     ] = None,
+    grey_channel: Annotated[str | None, typer.Option(help="The channel they become; any of them by default.", show_default=False)] = None,
     oversampling: Annotated[float | None, typer.Option(help="Share of a batch that has to hold foreground.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp16 on a GPU and fp32 on a CPU by default.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; 0 for none.")] = None,
@@ -197,6 +198,7 @@ def train(
         "augmentation": augmentation,
         "mirroring": mirroring,
         "grey": grey,
+        "grey_channel": grey_channel,
         "oversampling": oversampling,
         "precision": precision,
         "clip": clip,

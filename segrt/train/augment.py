@@ -63,12 +63,13 @@ class Augment:
     scales : size of every target as shares of the patch's axes, finest first; see `networks.supervision_scales`
     flips : axes (z, y, x) that "nnunet" mirrors along; by default those that predictions are averaged over
     grey : share of the samples whose channels all become one of theirs, drawn by chance: some pictures come grey, or miss a sequence
+    grey_channel : the one they become; any of them by default
 
     Raises
     ------
     SpecError
-        When the article's transforms are asked for a model of slices, or grey samples of a model with one channel or by other transforms
-        than "nnunet".
+        When the article's transforms are asked for a model of slices, or grey samples of a model with one channel, without that channel,
+        or by other transforms than "nnunet".
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Augment:
         *,
         flips: Sequence[int] | None = None,
         grey: float = 0.0,
+        grey_channel: str | None = None,
     ) -> None:
         kind = Transforms() if kind == "article" else kind
         if isinstance(kind, Transforms) and spec.dimensions == 2:
@@ -86,7 +88,10 @@ class Augment:
         if grey and (len(spec.channels) == 1 or kind != "nnunet"):
             channels = len(spec.channels)
             raise SpecError(f"grey: expected several channels and augmentation 'nnunet', got {channels} of {spec.name} and {kind!r}")
-        self._grey = grey
+        names = [channel.name for channel in spec.channels]
+        if grey and grey_channel not in (None, *names):
+            raise SpecError(f"grey_channel: expected one of {', '.join(names)}, got {grey_channel!r}")
+        self._grey, self._greys = grey, [names.index(grey_channel)] if grey and grey_channel else range(len(names))
         self._spec, self._kind, self._scales = spec, kind, tuple(tuple(scale) for scale in scales)
         self._transforms = _nnunet_transforms(spec, spec.inference.mirror_axes if flips is None else flips) if kind == "nnunet" else ()
 
@@ -102,7 +107,7 @@ class Augment:
         with torch.no_grad(), _one_thread():
             if self._kind == "nnunet":
                 if self._grey and rng.uniform() < self._grey:
-                    image = image[int(rng.integers(len(image)))].expand_as(image).clone()
+                    image = image[int(rng.choice(self._greys))].expand_as(image).clone()
                 with _drawing_from(rng):
                     image, labels = self._nnunet(image, labels)
             elif isinstance(self._kind, Transforms):

@@ -85,7 +85,7 @@ class TrainConfig(Part):
     dice_activation : what the Dice of mixed makes of the logits
     transforms : of augmentation article
     mirroring : whether patches and predictions are mirrored where the plan says so; not, when sides have labels of their own
-    grey : share of the samples whose channels all become one of theirs, drawn by chance (augmentation "nnunet")
+    grey, grey_channel : share of the samples whose channels all become one of theirs, and which: any by default (augmentation "nnunet")
     oversampling : share of a batch whose patches are made to hold foreground
     precision : of the forward pass; weights and optimizer stay float32. "auto" is nnU-Net's choice: fp16 on a GPU, fp32 on a CPU
     clip : largest norm of the gradient; 0 leaves it as it is
@@ -149,6 +149,7 @@ class TrainConfig(Part):
     transforms: Transforms = Transforms()
     mirroring: bool = True
     grey: Fraction = 0.0
+    grey_channel: str | None = None
     oversampling: Fraction = 0.33
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     clip: float = Field(12.0, ge=0)

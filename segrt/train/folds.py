@@ -117,6 +117,7 @@ class Fold:
             self.configuration,
             augmentation=augmentation,
             grey=config.grey if training else 0.0,
+            grey_channel=config.grey_channel,
             oversampling=config.oversampling,
             seed=config.seed,
             stream=stream,

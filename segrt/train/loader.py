@@ -73,7 +73,7 @@ class Batches:
     ----------
     prepared : the fold's cases, see `Prepared.select`
     configuration : its spec says what a patch and a target are, its `batch_size` how many make a batch of all processes together
-    augmentation, grey : see `Augment`; "none" and 0 for validation
+    augmentation, grey, grey_channel : see `Augment`; "none" and 0 for validation
     stream : "training" and "validation" draw differently from one seed
     workers : processes; 0 makes each batch when it is asked for
     rank, processes : which part of each batch is ours
@@ -92,6 +92,7 @@ class Batches:
         *,
         augmentation: Augmentation = "nnunet",
         grey: float = 0.0,
+        grey_channel: str | None = None,
         oversampling: float = 0.33,
         probabilistic: bool = False,
         seed: int = 12345,
@@ -107,7 +108,7 @@ class Batches:
         scales = supervision_scales(spec.network) if configuration.deep_supervision else ((1.0, 1.0, 1.0),)
         sampling = Sampling(spec.inference.patch, initial_patch(spec, augmentation), oversampling, probabilistic)
         part = share(configuration.batch_size, rank, processes)
-        augment = Augment(spec, augmentation, scales, flips=configuration.flips, grey=grey)
+        augment = Augment(spec, augmentation, scales, flips=configuration.flips, grey=grey, grey_channel=grey_channel)
         self._source = _Source(prepared, sampling, augment, part, (seed, _STREAMS[stream]), ignore=spec.ignore is not None)
         self._workers, self._pin = workers, pin
 

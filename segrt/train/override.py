@@ -43,7 +43,7 @@ def choose_configuration(plan: Plan, config: TrainConfig, name: str | None = Non
     _check_coarsest(chosen)
     # what cannot be made of it is said before cases are prepared
     choose_loss(chosen, config)
-    Augment(chosen.spec, config.augment, grey=config.grey)
+    Augment(chosen.spec, config.augment, grey=config.grey, grey_channel=config.grey_channel)
     return chosen
 
 

@@ -33,6 +33,7 @@ def draw_samples(fold: Fold) -> None:
         fold.configuration,
         augmentation=fold.config.augment,
         grey=fold.config.grey,
+        grey_channel=fold.config.grey_channel,
         oversampling=fold.config.oversampling,
         seed=fold.config.seed,
         workers=0,

@@ -47,6 +47,7 @@ _RULES = (
     _Rule("transforms", "augmentation article", lambda config, _: config.augmentation == "article"),
     _Rule("mirroring", "augmentation nnunet or article", lambda config, _: config.augmentation != "none" or not config.mirroring),
     _Rule("grey", "augmentation nnunet", lambda config, _: config.augmentation == "nnunet" or not config.grey),
+    _Rule("grey_channel", "grey above 0", lambda config, _: config.grey > 0),
     # a whole image that was resized is the same patch wherever its foreground lies
     _Rule("oversampling", "sliding", lambda config, _: config.model != "vnet" or config.sliding or not config.oversampling),
     _Rule("validation_interval", "validation_batches above 0", lambda config, _: config.validation_batches > 0),

@@ -158,6 +158,7 @@ def test_each_flag_reaches_the_configuration(run: Run, data: Path, work: Path, f
         (["--config", "2d+3d_lowres"], "configuration: expected one the plan has (2d, 3d_fullres), got '3d_lowres'"),
         (["--find-best", "--config", "2d,3d_lowres"], "configuration: expected one the plan has (2d, 3d_fullres), got '3d_lowres'"),
         (["--class-weights", "1,2"], "class_weights: expected one number for each of the 3 classes (background first)"),
+        (["--grey-channel", "red"], "grey_channel: it only matters with grey above 0, so nothing would read red; leave it out"),
         (["--grey", "0.2"], "grey: expected several channels and augmentation 'nnunet', got 1 of"),
         (["--class-weights", "batch"], "class_weights: 'batch' belongs to loss 'mixed'"),
         (["--loss", "bce"], "loss: 'bce' needs one logit per structure"),

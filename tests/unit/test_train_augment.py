@@ -301,6 +301,17 @@ def test_some_samples_become_grey_and_the_others_stay_as_they_were() -> None:
     assert not np.array_equal(sample.data[0], sample.data[1])
 
 
+def test_the_channel_that_grey_samples_show_may_be_chosen() -> None:
+    colours = tuple(Channel(name=name, normalization=NoNorm()) for name in ("red", "green", "blue"))
+    spec = make_spec(patch=PATCH, channels=colours, network=UNET_3D.model_copy(update={"in_channels": 3}))
+    sample = _sample(initial_patch(spec, "nnunet"), channels=3)
+    sample.data[[0, 2]] = 0
+    image = Augment(spec, "nnunet", grey=1.0, grey_channel="green")(sample, _rng())[0]
+    assert all(channel.std() > 0.3 for channel in image)
+    with pytest.raises(SpecError, match="grey_channel: expected one of red, green, blue, got 'violet'"):
+        Augment(spec, "nnunet", grey=0.1, grey_channel="violet")
+
+
 @pytest.mark.parametrize(("channels", "kind"), [(1, "nnunet"), (3, "none")])
 def test_grey_samples_need_colours_and_transforms(channels: int, kind: str) -> None:
     colours = tuple(Channel(name=str(n), normalization=NoNorm()) for n in range(channels))
