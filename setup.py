@@ -57,6 +57,7 @@ EXTRAS = {
         "jsonschema>=4.20",
         "pytest>=8.3",
         "pytest-cov>=6",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.120",
         "scipy>=1.14",
         "scikit-image>=0.25",
