@@ -219,13 +219,13 @@ def test_a_partner_s_engines_are_opened_once_too(tmp_path: Path) -> None:
 
 
 def test_a_watched_engine_stops_before_it_runs() -> None:
-    engine, gone = CountingEngine(nearest(range(3)), batch=2), [False]
-    attention = Attention(lambda: gone[0])
+    engine, gone, now = CountingEngine(nearest(range(3)), batch=2), [False], [0.0]
+    attention = Attention(lambda: gone[0], clock=lambda: now[0])
     watched = Watched(engine, attention.check)
     patches = np.ones((2, 1, 8, 8, 8), np.float32)
     np.testing.assert_array_equal(watched(patches), engine(patches))
     assert (watched.batch, watched.device, watched.name) == (2, "cpu", "function")
-    gone[0] = True
+    gone[0], now[0] = True, 1.0
     with pytest.raises(Abandoned):
         watched(patches)
     assert engine.calls == [2, 2]
