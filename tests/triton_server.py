@@ -44,9 +44,7 @@ def write_repository(repository: Path, bundle: Bundle, name: str, *, alone: bool
 @contextmanager
 def serving(repository: Path) -> Iterator[Server]:
     """Start a server whose models clients may load and unload; it is stopped whatever happens."""
-    options = ServerOptions(
-        control="explicit", ready_s=240, exit_s=5, arguments=("--disable-auto-complete-config", "--model-load-thread-count=1")
-    )
+    options = ServerOptions(control="explicit", ready_s=240, exit_s=5)
     with Server(repository, options) as server:
         yield server
 

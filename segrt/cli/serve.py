@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 CUT_OFF = 1
+_MOST, _WITHIN_S = 5, 600.0  # deaths of a server that are answered by another
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -115,7 +117,8 @@ def _keep_up(server: Server, reload_wanted: threading.Event) -> int:
         except KeyboardInterrupt:
             return FAILED
         _announce(server)
-        while (code := server.wait(0.5)) is None:
+        ends: list[float] = []
+        while (code := server.wait(0.5)) is None or _starts_again(server, code, ends):
             if reload_wanted.is_set():
                 reload_wanted.clear()
                 _reload(server)
@@ -129,6 +132,24 @@ def _keep_up(server: Server, reload_wanted: threading.Event) -> int:
         server.kill()
     typer.echo(f"error: tritonserver ended by itself with code {code}: {server.failure or server.reason}", err=True)
     return 128 - code if code < 0 else code or FAILED
+
+
+def _starts_again(server: Server, code: int, ends: list[float]) -> bool:
+    """Start a server anew that died, as of a request that it had no memory for, unless it keeps on dying or one of its models does."""
+    from ..errors import BackendError
+
+    now = time.monotonic()
+    ends[:] = [*(then for then in ends if now - then < _WITHIN_S), now]
+    if code >= 0 or server.failure or len(ends) > _MOST:
+        return False
+    typer.echo(f"error: tritonserver ended by itself with code {code}: {server.reason}; it is started again", err=True)
+    try:
+        server.start_again()
+    except BackendError as err:
+        typer.echo(f"error: {err}", err=True)
+        return False
+    typer.echo("ready again", err=True)
+    return True
 
 
 def _reload(server: Server) -> None:

@@ -129,6 +129,8 @@ class ServerOptions:
             *(f"--{name}-port={getattr(self, f'{name}_port')}" for name in ("http", "grpc", "metrics")),
             "--model-control-mode=explicit",
             "--load-model=*",
+            # models that start all at once take each other's CPU for so long that the server gives up
+            "--model-load-thread-count=1",
             "--disable-auto-complete-config",  # a process per model only to read what config.pbtxt says
             *(f"--http-restricted-api={text}" for text in keys),
             *(f"--grpc-restricted-protocol={text}" for text in keys),

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import logging
 import os
-import py_compile
 import secrets
 import signal
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import BackendError, InputError
 from ..protocol import PATCH_SUFFIX
-from .launch import find_tritonserver, prepare_backends, server_environment
-from .options import KEY_HEADER, ServerOptions
+from .calls import call
+from .launch import compile_models, find_tritonserver, prepare_backends, server_environment
+from .options import ServerOptions
 from .process import ServerProcess
 from .watch import Watch, processes_of
 
 logger = logging.getLogger(__name__)
 
 _POLL_S, _ATTEMPTS, _UNLOAD_S = 0.1, 5, 5.0
-_BUSY = "already in use"
-# straight to it: a proxy for the outside is no way to our own process
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_BUSY, _STARVED = "already in use", "lock_exception"
 
 
 class Server:
@@ -132,21 +125,25 @@ class Server:
         """Start it and wait until every model is ready."""
         for attempt in range(_ATTEMPTS):
             self._ports = self.options.with_free_ports()
-            self._launch()
             try:
-                self._wait_until_ready()
+                self._launch()
             except BackendError:
-                self.kill()
-                if attempt + 1 < _ATTEMPTS and self._lost_a_port():
+                if attempt + 1 < _ATTEMPTS and (self._lost_a_port() or self._was_starved()):
                     continue
                 raise
-            except BaseException:
-                self.kill()
-                raise
             break
-        self._watch = Watch(self.pid, self._revive, self._give_up)
-        self._watch.start()
         return self
+
+    def start_again(self) -> None:
+        """Start it at the addresses it had, after its process ended by itself, and wait until every model is ready.
+
+        Raises
+        ------
+        BackendError
+            When it does not become ready.
+        """
+        self.kill()
+        self._launch()
 
     def load(self, model: str) -> None:
         """Load a model, or what is new of it; requests go on meanwhile.
@@ -160,7 +157,7 @@ class Server:
 
     def reload(self) -> None:
         """Load whatever is new in the repository: models, and versions of models."""
-        self._compile_models()
+        compile_models(self.repository)
         for model in self.models():
             self.load(model)
 
@@ -209,7 +206,17 @@ class Server:
         return self._process
 
     def _launch(self) -> None:
-        self._compile_models()
+        try:
+            self._run()
+            self._wait_until_ready()
+        except BaseException:
+            self.kill()
+            raise
+        self._watch = Watch(self.pid, self._revive, self._give_up)
+        self._watch.start()
+
+    def _run(self) -> None:
+        compile_models(self.repository)
         self._folder = tempfile.TemporaryDirectory(prefix=f"segrt-serve-{os.getpid()}-")
         backends = prepare_backends(self.installation, Path(self._folder.name))
         arguments = self._ports.server_arguments(self.repository, backends, name=self._name, key=self._key)
@@ -220,18 +227,14 @@ class Server:
         if self._show is not None and self.options.shows(line):
             self._show(line)
 
-    def _compile_models(self) -> None:
-        """Compile each model.py as its process would, which otherwise makes the server take an unchanged model for a changed one."""
-        for source in self.repository.glob("*/*/model.py"):
-            compiled = Path(importlib.util.cache_from_source(source))
-            with contextlib.suppress(OSError, py_compile.PyCompileError):
-                if not compiled.is_file() or compiled.stat().st_mtime < source.stat().st_mtime:
-                    py_compile.compile(str(source), doraise=True)
-
     def _lost_a_port(self) -> bool:
         """Whether somebody else took one that we had chosen, between the choice and its use."""
         chosen = set(self._ports.ports) - set(self.options.ports)
         return _BUSY in self.reason and any(f":{port}" in self.reason for port in chosen)
+
+    def _was_starved(self) -> bool:
+        """Whether it aborted because a model's process got no CPU for so long that a lock they share was given up."""
+        return self.wait() == -signal.SIGABRT and _STARVED in self.log
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + self.options.ready_s
@@ -274,14 +277,4 @@ class Server:
         self._call(f"repository/models/{model}/load", body, timeout=self.options.ready_s)
 
     def _call(self, path: str, body: dict[str, Any] | None = None, *, timeout: float = 30.0) -> bytes:
-        """The server's answer; what it refuses is a BackendError with its words."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://{self.http}/v2/{path}".rstrip("/"), data, {KEY_HEADER: self._key})
-        try:
-            with _DIRECT.open(request, timeout=timeout) as answer:
-                return bytes(answer.read())
-        except urllib.error.HTTPError as err:
-            with err:
-                raise BackendError(f"{path}: {err.read().decode(errors='replace')[:500] or err.reason}") from err
-        except (urllib.error.URLError, HTTPException, OSError) as err:
-            raise BackendError(f"{path}: no answer from the server ({err})") from err
+        return call(self.http, path, body, key=self._key, timeout=timeout)

@@ -254,3 +254,21 @@ def test_the_command_says_what_is_wrong(
         serve.main()
     assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "signal_", "starts"),
+    [
+        ("terminate called, what():  boost::interprocess::lock_exception", "ABRT", 5),
+        ("what():  std::bad_alloc", "ABRT", 1),
+        ("no", "KILL", 1),
+    ],
+)
+def test_a_server_that_got_no_cpu_at_its_start_is_started_again(tmp_path: Path, words: str, signal_: str, starts: int) -> None:
+    (tmp_path / "models" / "organ").mkdir(parents=True)
+    (tmp_path / "models" / "organ" / "config.pbtxt").touch()
+    program = write_installation(tmp_path / "triton")
+    program.write_text(f"#!/bin/sh\necho started >> {tmp_path}/starts\necho '{words}'\nkill -{signal_} $$\n")
+    with pytest.raises(BackendError, match="before it was ready"):
+        Server(tmp_path / "models", ServerOptions(program=program)).start()
+    assert (tmp_path / "starts").read_text().count("started") == starts
