@@ -29,7 +29,7 @@ _BLS_INSTANCES = 3
 TIMEOUT_S = 60
 
 
-def write_repository(repository: Path, bundle: Bundle, name: str, *, alone: bool = False) -> None:
+def write_repository(repository: Path, bundle: Bundle, name: str, *, alone: bool = False, instances: int = _BLS_INSTANCES) -> None:
     """Write the models of a bundle as users do, with fewer instances; `alone` for the model of the whole pipeline and no other."""
     written = write_triton(bundle, repository, name=name, device="cpu")
     for model in written.models:
@@ -37,7 +37,7 @@ def write_repository(repository: Path, bundle: Bundle, name: str, *, alone: bool
         if alone and model != name:
             shutil.rmtree(config.parent)
         else:
-            most = _BLS_INSTANCES if model == f"{name}{BLS_SUFFIX}" else 1
+            most = instances if model == f"{name}{BLS_SUFFIX}" else 1
             config.write_text(re.sub(r"(instance_group \{\s*count: )\d+", rf"\g<1>{most}", config.read_text()))
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import UNET_2D, banded, make_bundle, make_spec, unet_bundle, write_nearest_onnx
+from factories import UNET_2D, banded, make_bundle, make_spec, unet_bundle
 from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
+from served_bundles import CASCADE, cascade, flat, levels, members, pair, plain, regions
 from tritonclient.grpc import model_config_pb2
 
 from segrt import Predictor
@@ -29,16 +30,14 @@ from segrt.export.pbtxt import Word, to_text
 from segrt.export.triton import write_triton
 from segrt.export.triton_config import Export, patch_config, pipeline_config
 from segrt.export.triton_native import native_files
-from segrt.files import sha256
 from segrt.protocol import ServedModel
 from segrt.repository import Deployment, networks_of
-from segrt.spec import Label, ModelSpec, PreviousStage, SpacingTarget, UNetPPSpec
+from segrt.spec import ModelSpec, SpacingTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "model_repository" / "example"
 IMAGE = banded((9, 14, 11), seed=4)
 SPACING = (3.0, 1.5, 2.0)
-CASCADE = PreviousStage(values=(1, 2))
 
 
 def parse(text: str) -> Any:
@@ -75,47 +74,6 @@ def texts(repository: Path) -> dict[Path, bytes]:
     """All but the bundle and links into it."""
     files = (path for path in repository.rglob("*") if path.is_file() and not path.is_symlink())
     return {file.relative_to(repository): file.read_bytes() for file in files if "bundle" not in file.parts}
-
-
-def plain(path: Path) -> Bundle:
-    return make_bundle(path)
-
-
-def members(path: Path) -> Bundle:
-    return make_bundle(path, make_spec(members=("0", "all")))
-
-
-def flat(path: Path) -> Bundle:
-    return make_bundle(path, make_spec(patch=(1, 8, 8)))
-
-
-def regions(path: Path) -> Bundle:
-    parts = (Label(name="both", values=(1, 2)), Label(name="core", values=(2,)))
-    return make_bundle(path, make_spec(values=(1, 2), activation="sigmoid", labels=parts))
-
-
-def cascade(path: Path) -> Bundle:
-    low = make_bundle(path.parent / "low", make_spec(name="low", members=("0", "1")))
-    return make_bundle(path, make_spec(previous=CASCADE), previous=low)
-
-
-def pair(path: Path) -> Bundle:
-    low = make_bundle(path.parent / "low", make_spec(name="low"))
-    other = make_bundle(path.parent / "other", make_spec(previous=CASCADE), centres=(0, 3, 4), previous=low)
-    return make_bundle(path, make_spec(patch=(1, 8, 8)), partner=other)
-
-
-def levels(path: Path) -> Bundle:
-    """A UNet++ of which level L1 was built; its networks answer differently."""
-    network = UNetPPSpec(family="unetpp", in_channels=1, out_channels=3, level=2, deep_supervision=True)
-    bundle = make_bundle(path, make_spec(patch=(1, 8, 8), network=network))
-    level, record = bundle.at_level("L1"), path / "onnx" / "build.json"
-    write_nearest_onnx(level.onnx_path("0"), level.spec, (0, 3, 4))
-    values = json.loads(record.read_text())
-    values["sha256"]["0-L1"] = sha256(level.onnx_path("0"))
-    values["level_of"] = {"0-L1": sha256(bundle.onnx_path("0"))}
-    record.write_text(json.dumps(values))
-    return bundle
 
 
 BUNDLES: dict[Callable[[Path], Bundle], set[str]] = {
