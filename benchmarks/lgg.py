@@ -82,6 +82,7 @@ def run_toy() -> None:
 def make_slices(folder: Path, patients: int = 5) -> None:
     """Pictures with a bright disk and its mask, two for each patient, named as the real ones."""
     import numpy as np
+    import SimpleITK as sitk
 
     from segrt.io import write_image
     from segrt.volume import Grid
@@ -94,7 +95,8 @@ def make_slices(folder: Path, patients: int = 5) -> None:
         disk = (y - rng.integers(12, 28)) ** 2 + (x - rng.integers(12, 28)) ** 2 < 64
         grid = Grid((1, 40, 40), (999.0, 1.0, 1.0), dimensions=2)
         name = f"TCGA_XX_{number // 2:04d}_20000101_{number % 2}.png"
-        write_image(folder / "images" / name, (disk * 120 + rng.integers(0, 80, disk.shape)).astype(np.uint8)[None], grid)
+        colours = (disk[..., None] * 120 + rng.integers(0, 80, (*disk.shape, 3))).astype(np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(colours, isVector=True), folder / "images" / name)
         write_image(folder / "masks" / name, (disk * 255).astype(np.uint8)[None], grid)
 
 

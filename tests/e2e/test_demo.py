@@ -72,7 +72,7 @@ def test_readme_python_runs_as_written(model: Path, tmp_path: Path, monkeypatch:
 
 def test_readme_commands_have_the_options_they_show() -> None:
     lines = [line.split("#")[0].split() for block in _blocks("bash") for line in block.splitlines() if line.startswith("segrt-")]
-    assert {words[0] for words in lines} == {"segrt-build", "segrt-predict", "segrt-train"}
+    assert {words[0] for words in lines} == {"segrt-build", "segrt-predict", "segrt-serve", "segrt-train"}
     for command, *words in lines:
         answer = subprocess.run([Path(sys.executable).parent / command, "--help"], capture_output=True, text=True, check=True)
         for option in (w for w in words if w.startswith("-")):
