@@ -79,10 +79,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", type=Path, default=ROOT.parent / "shared" / "golden", help="folder of the golden sets")
     parser.add_argument("--soak", type=float, default=300, help="seconds")
+    parser.add_argument("--turns", type=int, default=7, help="of the whole image, and each way of asking for it")
+    parser.add_argument("--seconds", type=float, default=30, help="for each number of clients")
     parser.add_argument("--requests", type=int, default=1000, help="over which memory is watched")
     parser.add_argument("--toy", action="store_true", help="the demo's model, small and short, to see that it runs")
     options = parser.parse_args()
-    size = Size((16, 24, 24), 2, 1, 2, 10, (1, 2)) if options.toy else Size((32, 64, 64), 7, 30, options.soak, options.requests)
+    size = (
+        Size((16, 24, 24), 2, 1, 2, 10, (1, 2))
+        if options.toy
+        else Size((32, 64, 64), options.turns, options.seconds, options.soak, options.requests)
+    )
     with tempfile.TemporaryDirectory() as folder:
         bundle, image = _toy() if options.toy else _golden(options.golden / "S2_organs_ct", Path(folder) / "bundle")
         write_triton(bundle, Path(folder) / "repository", name=MODEL, device="cpu")
@@ -99,11 +105,13 @@ def run(server: Server, predictor: Predictor, image: Any, size: Size) -> dict[st
     expected = predictor(small).labels
     results: dict[str, Any] = {"model": predictor.spec.name, "crop": list(crop.shape), "image": list(volume.data.shape)}
     results["whole_image"] = overhead(server, predictor, image, size.turns)
+    print("whole image", results["whole_image"], flush=True)
     results["crop_in_process_s"] = statistics.median(_seconds(lambda: predictor(small)) for _ in range(size.turns))
     for model in (MODEL, f"{MODEL}_bls"):
         results[model] = {str(n): level(server, model, small, expected, n, size.level_s) for n in size.concurrency}
         print(model, results[model], flush=True)
     results["soak"] = soak(server, small, expected, size.soak_s)
+    print("soak", results["soak"], flush=True)
     results["memory"] = memory(server, small, expected, size.requests)
     results["killed_process"] = killed(server, small, expected)
     return results
