@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # before Numba is imported: without a GPU its CUDA simulator runs the kernels' CUDA form
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+
+# a shell that starts the tests in its background has SIGINT ignored, which every command that a test starts and interrupts would inherit
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
