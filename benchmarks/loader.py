@@ -29,10 +29,10 @@ from segrt.spec import Channel, Head, Inference, Label, ModelSpec, SpacingTarget
 from segrt.train.cache import Prepared
 from segrt.train.configuration import Configuration
 from segrt.train.dataset import open_dataset
+from segrt.train.layout import lay_out
 from segrt.train.loader import Batches
 from segrt.train.losses import build_loss
 from segrt.train.prepare import prepare
-from segrt.train.surroundings import lay_out
 from segrt.volume import Grid
 
 PATCH, BATCH = (40, 56, 40), 9  # nnU-Net's plan for the hippocampus

@@ -20,10 +20,11 @@ from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .divergence import MOST_SKIPPED, no_gradient, no_loss
 from .epoch import EpochMeans, EpochSums, dice_of, iou_of, mean_of
+from .layout import lay_out, widen_thin_convolutions
 from .optim import build_optimizer, build_schedule, clip_gradients
 from .processes import add_up, agree, parallel, processes, rank, synchronised, wait_for_all
 from .records import Records
-from .surroundings import draw_anew, gpu_settings, lay_out, opened, profiler, seeded, signals, widen_thin_convolutions
+from .surroundings import draw_anew, gpu_settings, opened, profiler, seeded, signals
 
 logger = logging.getLogger(__name__)
 

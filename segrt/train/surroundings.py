@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from .config import TrainConfig
 
@@ -44,37 +42,6 @@ def gpu_settings(device: torch.device) -> Iterator[None]:
     with torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         yield
     torch.cuda.empty_cache()
-
-
-def lay_out(network: nn.Module, device: torch.device) -> torch.memory_format:
-    """Lay the weights out channels last on a CPU, whose convolutions are then faster by a quarter; the layout its input should have."""
-    if device.type != "cpu":
-        return torch.preserve_format
-    weights = [parameter for parameter in network.parameters() if parameter.ndim >= 4]
-    layout = torch.channels_last_3d if any(weight.ndim == 5 for weight in weights) else torch.channels_last
-    for weight in weights:
-        weight.data = weight.data.contiguous(memory_format=layout)
-    return layout
-
-
-def widen_thin_convolutions(network: nn.Module, device: torch.device) -> None:
-    """On a CPU, convolve images that are thinner than the kernel in float32, whatever the precision around it.
-
-    oneDNN leaves parts of the weights' gradient in bfloat16 unwritten there (torch 2.13: a kernel of 3 with 2 slices, of 5 with 2 to 4; it
-    takes 16 channels or more). They hold what the memory held, which now and then is infinite and mostly is not.
-    """
-    if device.type == "cpu":
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d):
-                module.forward = partial(_convolve, module.forward, module.kernel_size)  # type: ignore[method-assign]
-
-
-def _convolve(forward: Callable[[Tensor], Tensor], kernel: Sequence[int], image: Tensor) -> Tensor:
-    thin = any(side < wide for side, wide in zip(image.shape[2:], kernel, strict=True))
-    if not thin or not torch.is_autocast_enabled(image.device.type):
-        return forward(image)
-    with torch.autocast(image.device.type, enabled=False):
-        return forward(image.float())
 
 
 @contextmanager
