@@ -25,7 +25,7 @@ from segrt.bundle import Bundle
 from segrt.device import Simulated, to_device, to_host
 from segrt.engines import _finds_gpu, open_engine, resolve_device, rtx
 from segrt.engines.batches import gpu_batch, in_batches
-from segrt.engines.onnxrt import check_cuda_provider, runtime_errors
+from segrt.engines.onnxrt import _cuda_provider, check_cuda_provider, runtime_errors
 from segrt.engines.pytorch import TorchEngine
 from segrt.errors import BackendError, InputError
 from segrt.export.engine import build_engine
@@ -365,6 +365,17 @@ def test_the_errors_of_onnxruntime_are_ours() -> None:
         raise state.RuntimeException("Non-zero status code\nFailed to allocate memory for requested buffer of size 9")
     with pytest.raises(BackendError, match="engine x: ONNX Runtime failed: shapes differ"), runtime_errors("engine x"):
         raise state.InvalidArgument("shapes\n differ")
+
+
+def test_cudas_algorithms_are_not_chosen_by_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was the fastest in one run may not be in the next, and equal patches would get other bytes."""
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    options = onnxruntime.SessionOptions()
+    library, stream = SimpleNamespace(preload_dlls=lambda: None), SimpleNamespace(ptr=7)
+    name, settings = _cuda_provider(library, options, "cuda:1", stream)
+    assert options.use_deterministic_compute
+    assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert (name, settings["device_id"], settings["user_compute_stream"]) == ("CUDAExecutionProvider", "1", "7")
 
 
 def test_patches_of_another_size_are_an_error_in_a_sentence(copy: Bundle) -> None:
