@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from factories import UNET_2D, UNET_3D, unet_bundle
 from segrt.arrays import FloatArray, require
 from segrt.bundle import Bundle
 from segrt.device import Simulated, to_device, to_host
-from segrt.engines import _finds_gpu, open_engine, resolve_device, rtx
+from segrt.engines import _finds_gpu, _open_first, open_engine, resolve_device, rtx
 from segrt.engines.batches import gpu_batch, in_batches
 from segrt.engines.onnxrt import _cuda_provider, check_cuda_provider, runtime_errors
 from segrt.engines.pytorch import TorchEngine
@@ -317,7 +318,8 @@ def test_onnxruntime_without_the_typed_file_computes_in_fp32_and_says_so(copy: B
     with caplog.at_level(logging.WARNING):
         engine = open_engine(copy, "0", backend="onnxruntime", precision="fp16", device="simulated")
     assert engine.name == "onnxruntime, simulated, fp32"
-    assert "0-fp16.onnx is missing or old: ONNX Runtime computes in fp32; make it with: segrt-build" in caplog.text
+    assert "ONNX Runtime computes in fp32: " in caplog.text
+    assert "0-fp16.onnx is missing or old; make it with: segrt-build" in caplog.text
 
 
 def test_a_build_for_fp16_writes_the_typed_file_and_verifies_it(copy: Bundle, caplog: pytest.LogCaptureFixture) -> None:
@@ -411,6 +413,7 @@ def test_large_windows_come_in_small_batches(patch: Any, batch: int) -> None:
 @without_gpu
 def test_what_every_backend_lacks_is_listed(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
+    write_typed(copy, "0")
     with pytest.raises(BackendError) as error:
         open_engine(copy, "0", device="cuda:0")
     text = str(error.value)
@@ -419,6 +422,34 @@ def test_what_every_backend_lacks_is_listed(copy: Bundle, monkeypatch: pytest.Mo
     assert "has no CUDA provider" in text
     assert "; pytorch: torch" in text
     assert "cannot compute on cuda:0" in text
+
+
+def test_auto_passes_over_a_backend_that_lacks_the_precision(copy: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    """float32 in ONNX Runtime is many times slower on a GPU than float16 in PyTorch."""
+    (engine,) = _open_first(copy, "0", "fp16", 0, ["simulated"])
+    assert engine.name == "pytorch, simulated, fp16"
+    assert re.search(r"runs on pytorch, simulated, fp16, not on onnxruntime: .*0-fp16\.onnx is missing or old; make it with", caplog.text)
+    write_typed(copy, "0")
+    (engine,) = _open_first(copy, "0", "fp16", 0, ["simulated"])
+    assert engine.name == "onnxruntime, simulated, fp16"
+
+
+def test_auto_takes_one_backend_for_all_devices(copy: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows dealt to two backends would make the labels depend on who got which."""
+    opened = []
+
+    class OnlyOnce(onnxruntime.InferenceSession):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            opened.append(self)
+            if len(opened) == 2:
+                raise RuntimeError("not on this one")
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", OnlyOnce)
+    engines = _open_first(copy, "0", "fp32", 0, ["simulated", "cpu"])
+    assert len(opened) == 2
+    assert [engine.name for engine in engines] == ["pytorch, simulated, fp32", "pytorch, cpu, fp32"]
+    assert "not on this one" in caplog.text
 
 
 @without_gpu
