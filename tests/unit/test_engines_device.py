@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ from segrt.export.onnx import export_onnx
 from segrt.export.typed import typed_onnx, write_typed
 from segrt.files import sha256
 from segrt.networks import build
+from segrt.spec import UNetPPSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("openvino", "onnxruntime", "pytorch")
@@ -175,6 +177,29 @@ def test_normalisation_keeps_float32_in_a_network_of_half_precision(dimensions: 
     # torch's own normalisation turns them first, at the price of the convolutions
     layout = last if compiled else torch.contiguous_format
     assert all(p.is_contiguous(memory_format=layout) for p in network.parameters() if p.ndim == dimensions + 2)
+
+
+@torch_itself_warns
+def test_torch_compile_is_switched_on_by_the_environment(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGRT_TORCH_COMPILE", "1")
+    assert open_engine(bundle, "0", backend="pytorch", device="simulated").name == "pytorch, simulated, fp32, compiled"
+    assert open_engine(bundle, "0", backend="pytorch").name == "pytorch, cpu, fp32", "not where it is the reference"
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_channels_are_last_where_no_instance_normalisation_turns_them(dimensions: int) -> None:
+    network = build(UNetPPSpec(family="unetpp", dimensions=dimensions, in_channels=1, out_channels=3, features=(4,) * 5, level=2))
+    plain = deepcopy(network)
+    engine = TorchEngine(network, classes=3, dimensions=dimensions, batch=2, device="simulated")
+    last = torch.channels_last if dimensions == 2 else torch.channels_last_3d
+    kernels = [p for p in network.parameters() if p.ndim == dimensions + 2]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=last) for p in kernels)
+    patches = np.random.default_rng(0).normal(size=(3, 1, 8 if dimensions == 3 else 1, 16, 16)).astype(np.float32)
+    expected = TorchEngine(plain, classes=3, dimensions=dimensions)(patches)
+    logits = engine(simulated(patches))
+    assert logits.flags.c_contiguous
+    np.testing.assert_allclose(to_host(logits), expected, rtol=0, atol=1e-5)  # sums of another order
 
 
 class Large(torch.nn.Module):
