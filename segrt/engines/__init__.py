@@ -32,7 +32,8 @@ class Engine(Protocol):
     3. Equal patches give equal logits, whatever else is in the call.
     4. `batch` is the N it likes best; `name` says backend, device and precision in a log line.
     5. Several threads may call it at once; they may have to wait for each other.
-    6. `held_bytes` is the memory it holds and needs while it runs, as measured when it was built; 0 when nobody measured.
+    6. `held_bytes` is the memory it holds and needs while it runs, as measured when it was built; 0 when nobody measured. What its calls
+       take of a GPU's free memory is estimated, unless it knows: `batches.Measured`.
     7. `device` ("cpu", "cuda:0", "simulated") is where patches have to lie and logits will lie. On a GPU it works in CuPy's current
        stream and does not wait for it; when the GPU's memory does not suffice it raises MemoryError, and a smaller N may do.
     """
