@@ -26,10 +26,12 @@ class DevicePlan:
     ----------
     stages : stage -> (what, bytes) of all that is held at its worst moment
     starts : see `starts_per_slab`, for each model
+    batches : windows in one call of each model's engines
     """
 
     stages: dict[str, tuple[tuple[str, int], ...]]
     starts: tuple[int | None, ...]
+    batches: tuple[int, ...]
 
     @property
     def peak(self) -> int:
@@ -38,7 +40,9 @@ class DevicePlan:
 
 
 def plan_device(loads: Sequence[Load], grid: Grid, itemsize: int, *, free: int, probabilities: bool = False) -> DevicePlan:
-    """Decide whether a case's logits fit a GPU whole or slab by slab, before anything is allocated.
+    """Decide whether a case's logits fit a GPU whole or slab by slab, and with how many windows at a time, before anything is allocated.
+
+    Slabs come first, for they cost less time than small batches.
 
     Parameters
     ----------
@@ -51,12 +55,15 @@ def plan_device(loads: Sequence[Load], grid: Grid, itemsize: int, *, free: int, 
     Raises
     ------
     BackendError
-        When not even slabs fit.
+        When not even slabs and the smallest batches fit.
     """
-    budget = int(free * _DEVICE_SHARE)
-    plan = _device_plan(loads, grid, itemsize, [None] * len(loads), probabilities)
-    if plan.peak > budget and (len(loads) > 1 or not probabilities):
-        plan = _device_plan(loads, grid, itemsize, [_least_starts(load, grid, loads[0].spec) for load in loads], probabilities)
+    budget, by_slab = int(free * _DEVICE_SHARE), len(loads) > 1 or not probabilities
+    plan = _device_plan(loads, grid, itemsize, probabilities, by_slab=False)
+    if plan.peak > budget and by_slab:
+        plan = _device_plan(loads, grid, itemsize, probabilities, by_slab=True)
+    while plan.peak > budget and any(load.less for load in loads):
+        loads = [load.less or load for load in loads]
+        plan = _device_plan(loads, grid, itemsize, probabilities, by_slab=by_slab)
     if plan.peak > budget:
         stage = max(plan.stages, key=lambda name: sum(size for _, size in plan.stages[name]))
         parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in plan.stages[stage] if size)
@@ -75,11 +82,13 @@ def _least_starts(load: Load, grid: Grid, first: ModelSpec) -> int | None:
     return starts_per_slab(spec, working_shape(spec, grid), 0, batch=max(1, load.batch // load.flips), step=load.step)
 
 
-def _device_plan(loads: Sequence[Load], grid: Grid, itemsize: int, starts: Sequence[int | None], probabilities: bool) -> DevicePlan:
+def _device_plan(loads: Sequence[Load], grid: Grid, itemsize: int, probabilities: bool, *, by_slab: bool) -> DevicePlan:
     pair = len(loads) > 1
+    starts = tuple(_least_starts(load, grid, loads[0].spec) if by_slab else None for load in loads)
+    batches = tuple(load.batch for load in loads)
     each = [_device_stages(load, grid, itemsize, n, probabilities and not pair) for load, n in zip(loads, starts, strict=True)]
     if not pair:
-        return DevicePlan(each[0], tuple(starts))
+        return DevicePlan(each[0], starts, batches)
     stages = {}
     for stage in each[0]:
         held = [dict(stages[stage]) for stages in each]
@@ -87,7 +96,7 @@ def _device_plan(loads: Sequence[Load], grid: Grid, itemsize: int, starts: Seque
         stages[stage] = tuple((what, (sum if what in _OF_EACH else max)(sizes[what] for sizes in held)) for what in held[0])
     mean = mean_bytes(loads[0].spec, grid) + sum(spread_bytes(load.spec, grid) for load in loads)
     stages["network"] += (("mean", mean),)
-    return DevicePlan(stages, tuple(starts))
+    return DevicePlan(stages, starts, batches)
 
 
 def _device_stages(
@@ -102,12 +111,13 @@ def _device_stages(
     turned = [grid.shape[axis] for axis in spec.transpose]
     # two passes of a separable resampling are held at once
     between = ("resampling", 8 * prod(max(n, m) for n, m in zip(turned, working, strict=True)))
+    copied = ("turned image", 0 if spec.transpose == (0, 1, 2) else image[1])
     windows = ("windows", 4 * load.batch * patch * (spec.in_channels + 2 * spec.classes))
     logits = ("logits", logits_bytes(spec, working, starts, step=load.step))
     scores = ("probabilities", 4 * spec.classes * voxels if probabilities else 0)
     components = ("components", 10 * voxels if spec.postprocess else 0)
     return {
-        "preprocess": (image, data, between, ("mask", (9 if masked else 0) * voxels)),
+        "preprocess": (image, copied, data, between, ("mask", (9 if masked else 0) * voxels)),
         "network": (data, windows, logits, labels, scores, ("engine", load.engine)),
         "postprocess": (labels, ("result", labels[1]), components),
     }

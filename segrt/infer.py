@@ -11,6 +11,7 @@ import numpy as np
 
 from .arrays import Array, FloatArray, ProgressFn
 from .engines import Engine
+from .engines.batches import at_most
 from .errors import BackendError
 from .kernels.blend import constant_windows, gather_windows
 from .spec import ModelSpec
@@ -49,6 +50,7 @@ def infer(
     step: float | None = None,
     accumulate: Accumulate = "float32",
     mirror_axes: Sequence[int] = (),
+    batch: int | None = None,
     starts_per_slab: int | None = None,
     progress: ProgressFn | None = None,
 ) -> Inferred:
@@ -60,6 +62,7 @@ def infer(
     step : overrides the spec's window step, as a fraction of the patch
     accumulate : "float32" sums with weights that add up to one; "float16" repeats nnU-Net's rounding, one fold after the other
     mirror_axes : average over all flips of these axes (0 = z), as more windows in the engines' batches
+    batch : windows in a call of an engine at most, for want of memory, though an engine may like more; under accumulate="float32"
     starts_per_slab : hold logits only for this many starts along z at a time; all by default
     progress : called with (windows done, windows in all)
 
@@ -74,7 +77,7 @@ def infer(
         While it runs, when not even one window fits into the memory of the engines' device, or of the host.
     """
     plan = plan_windows(data.shape[1:], spec.inference, step=step)
-    loop = _Loop(data, plan, len(engines), mirror_axes, progress)
+    loop = _Loop(data, plan, len(engines), mirror_axes, progress, batch)
     if accumulate == "float16":
         planes = _run_half(loop, engines, spec, data.shape)
     else:
@@ -112,8 +115,16 @@ def _run(loop: _Loop, engines: Sequence[Engine], spec: ModelSpec, data: FloatArr
 class _Loop:
     """Cut windows in their order, run them in batches, and give back their logits."""
 
-    def __init__(self, data: FloatArray, plan: WindowPlan, engines: int, mirror_axes: Sequence[int], progress: ProgressFn | None) -> None:
-        self._data, self.plan, self._progress = data, plan, progress
+    def __init__(
+        self,
+        data: FloatArray,
+        plan: WindowPlan,
+        engines: int,
+        mirror_axes: Sequence[int],
+        progress: ProgressFn | None,
+        batch: int | None,
+    ) -> None:
+        self._data, self.plan, self._progress, self._batch = data, plan, progress, batch
         self._flips = _flips(mirror_axes)
         self._total, self._done = len(plan) * engines, 0
         self._most: dict[int, int] = {}  # engine -> the largest batch that fitted
@@ -130,7 +141,7 @@ class _Loop:
 
         Windows of one constant value (air after clipping) share the network's answer, which is exact; unless `ordered`, they come last.
         """
-        batch = max(engine.batch for engine in engines)
+        batch = self._batch or max(engine.batch for engine in engines)
         for constant, group in self._grouped(entries, ordered):
             flipped = self._flip(group)
             for first in range(0, len(flipped), len(flipped) if constant else batch):
@@ -163,7 +174,8 @@ class _Loop:
             part = entries[first : first + most].copy()
             part[:, 9] = np.arange(len(part))
             try:
-                logits = engine(gather_windows(self._data, part, self.plan.patch, self.plan.low))
+                with at_most(engine, self._batch):
+                    logits = engine(gather_windows(self._data, part, self.plan.patch, self.plan.low))
             except MemoryError as err:
                 most = self._most[id(engine)] = _fewer(engine, len(part), err)
                 continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, get_args
 
 from .bundle import Bundle
-from .engines import Backend, Engine, Precision, open_engine, resolve_device
+from .engines import Backend, Engine, Precision, open_alike, resolve_device
 from .engines.compose import Mirrored, Spread
 from .errors import BackendError, InputError
 from .level import levels_of
@@ -117,7 +117,7 @@ def open_engines(bundle: Bundle, members: Sequence[str], options: Options) -> li
     devices = ("cpu",) if options.device == "auto" and options.accumulate == "float16" else name_devices(options.device)
     how: dict[str, Any] = {"backend": options.backend, "precision": options.precision, "threads": options.threads}
     try:
-        opened = [[open_engine(bundle, member, device=device, **how) for device in devices] for member in members]
+        opened = [open_alike(bundle, member, devices, **how) for member in members]
     except BackendError as err:
         if options.device != "auto" or devices == ("cpu",):
             raise

@@ -26,6 +26,7 @@ class Load:
     engine : bytes the engines still need while they run
     step : overrides the spec's window step
     flips : mirrored passes
+    less : what it asks for with fewer windows in a call; None when they cannot be fewer
     """
 
     spec: ModelSpec
@@ -33,6 +34,7 @@ class Load:
     engine: int = 0
     step: float | None = None
     flips: int = 1
+    less: Load | None = None
 
 
 def plan_host(loads: Sequence[Load], placements: Sequence[Placement]) -> tuple[int | None, ...]:

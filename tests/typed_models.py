@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 from factories import make_spec
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference.op_run import OpRun
 
 from segrt.arrays import Array, FloatArray
 from segrt.bundle import Bundle
@@ -20,6 +21,19 @@ from segrt.networks import build
 from segrt.spec import UNetSpec
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+
+
+class InstanceNormalization_TRT(OpRun):  # noqa: N801 - the plugin's name
+    """The plugin as its documentation defines it: instance normalisation, then a leaky ReLU where `relu` is set."""
+
+    def _run(
+        self, x: Any, epsilon: Any = 0, scales: Any = (), bias: Any = (), relu: Any = 0, alpha: Any = 0, plugin_version: Any = ""
+    ) -> Any:
+        assert plugin_version == "1"
+        axes, shape = (2, 3, 4), (1, -1, 1, 1, 1)
+        y = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + epsilon)
+        y = y * np.reshape(scales, shape) + np.reshape(bias, shape)
+        return ((np.where(y < 0, alpha * y, y) if relu else y).astype(x.dtype),)
 
 
 def random_bundle(folder: Path, network: UNetSpec) -> Bundle:

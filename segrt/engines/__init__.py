@@ -32,7 +32,8 @@ class Engine(Protocol):
     3. Equal patches give equal logits, whatever else is in the call.
     4. `batch` is the N it likes best; `name` says backend, device and precision in a log line.
     5. Several threads may call it at once; they may have to wait for each other.
-    6. `held_bytes` is the memory it holds and needs while it runs, as measured when it was built; 0 when nobody measured.
+    6. `held_bytes` is the memory it holds and needs while it runs, as measured when it was built; 0 when nobody measured. What its calls
+       take of a GPU's free memory is estimated, unless it knows: `batches.Measured`.
     7. `device` ("cpu", "cuda:0", "simulated") is where patches have to lie and logits will lie. On a GPU it works in CuPy's current
        stream and does not wait for it; when the GPU's memory does not suffice it raises MemoryError, and a smaller N may do.
     """
@@ -61,7 +62,7 @@ _OPENERS = {
 }
 _ONLY_CPU, _ONLY_GPU = ("openvino",), ("tensorrt", "tensorrt-rtx")
 # what "auto" tries on a GPU; TensorRT-RTX compiles at its first run and was not verified by a build, so it has to be asked for
-_GPU_ORDER = ("tensorrt", "onnxruntime", "pytorch")
+_GPU_ORDER = {"tensorrt": "trt:open_member", "onnxruntime": "onnxrt:open_exact", "pytorch": "pytorch:open_member"}
 
 
 def open_engine(
@@ -78,7 +79,7 @@ def open_engine(
     Parameters
     ----------
     backend : "auto" takes on the CPU OpenVINO when the bundle has an ONNX file, else PyTorch on the weights; on a GPU the first that opens
-        of a TensorRT engine built for it, ONNX Runtime and PyTorch, and a warning says why others did not
+        of a TensorRT engine built for it, ONNX Runtime (fp16: with a typed file) and PyTorch, and a warning says why others did not
     precision : fp32 on the CPU and fp16 on a GPU by default
     threads : CPU threads, 0 for all
     device : "cpu", "cuda:N" or "simulated", see `resolve_device`; a backend of the CPU on another device copies patches and logits
@@ -88,16 +89,26 @@ def open_engine(
     BackendError
         When the backend is not installed, cannot serve this precision here, or a file is not the one that was built.
     """
+    return open_alike(bundle, member, (device,), backend=backend, precision=precision, threads=threads)[0]
+
+
+def open_alike(
+    bundle: Bundle, member: str, devices: Sequence[str], *, backend: Backend = "auto", precision: Precision | None = None, threads: int = 0
+) -> list[Engine]:
+    """Open an engine of one member on each device, all of one backend: which of them a window meets must not change its logits.
+
+    Parameters and errors are those of `open_engine`; "auto" takes the first backend that opens on every GPU.
+    """
     if backend != "auto" and backend not in _OPENERS:
         raise BackendError(f"unknown backend {backend!r}; expected auto, {', '.join(_OPENERS)}")
-    if backend != "auto":
-        engine = _open(bundle, member, backend, precision, threads, device)
-    elif device_number(device) is None:
-        engine = _open(bundle, member, _cpu_backend(bundle, member), precision, threads, device)
+    if backend == "auto" and device_number(devices[0]) is not None:
+        engines = _open_first(bundle, member, precision, threads, devices)
     else:
-        engine = _open_first(bundle, member, precision, threads, device)
-    logger.info("member %s of %s runs on %s", member, bundle.path, engine.name)
-    return engine
+        chosen = _cpu_backend(bundle, member) if backend == "auto" else backend
+        engines = [_open(bundle, member, chosen, precision, threads, device) for device in devices]
+    for engine in engines:
+        logger.info("member %s of %s runs on %s", member, bundle.path, engine.name)
+    return engines
 
 
 def _cpu_backend(bundle: Bundle, member: str) -> str:
@@ -108,41 +119,45 @@ def _cpu_backend(bundle: Bundle, member: str) -> str:
     return "pytorch"
 
 
-def _open_first(bundle: Bundle, member: str, precision: Precision | None, threads: int, device: str) -> Engine:
-    """Open the first backend that can serve a GPU; what the others lack is logged."""
+def _open_first(bundle: Bundle, member: str, precision: Precision | None, threads: int, devices: Sequence[str]) -> list[Engine]:
+    """Open the first backend that can serve all of these GPUs in this precision; what the others lack is logged."""
     if bundle.onnx_path(member).is_file():
         check_onnx(bundle, member)  # a damaged bundle is no reason to take another backend
     reasons = []
-    for backend in _GPU_ORDER:
+    for backend, opener in _GPU_ORDER.items():
+        engines: list[Engine] = []
         try:
-            engine = _open(bundle, member, backend, precision, threads, device)
+            for device in devices:
+                engines.append(_open(bundle, member, backend, precision, threads, device, opener=opener))
         except BackendError as err:
             reasons.append(f"{backend}: {err}")
+            for engine in engines:
+                engine.close()
             continue
         for reason in reasons:
-            logger.warning("member %s runs on %s, not on %s", member, engine.name, reason)
-        return engine
-    raise BackendError(f"no engine of member {member!r} runs on {device}: {'; '.join(reasons)}")
+            logger.warning("member %s runs on %s, not on %s", member, " + ".join(engine.name for engine in engines), reason)
+        return engines
+    raise BackendError(f"no engine of member {member!r} runs on {', '.join(devices)}: {'; '.join(reasons)}")
 
 
-def _open(bundle: Bundle, member: str, backend: str, precision: Precision | None, threads: int, device: str) -> Engine:
+def _open(bundle: Bundle, member: str, backend: str, precision: Precision | None, threads: int, device: str, *, opener: str = "") -> Engine:
     gpu = device_number(device) is not None
     if backend in _ONLY_GPU and not gpu:
         raise BackendError(f"backend {backend} runs on an NVIDIA GPU, not on device {device}; use backend auto, or --device cuda")
     if backend != "pytorch":
         check_onnx(bundle, member)
     chosen = precision or ("fp16" if gpu and backend not in _ONLY_CPU else "fp32")
-    module, function = _OPENERS[backend].split(":")
-    opener = getattr(importlib.import_module(f".{module}", __name__), function)
+    module, function = (opener or _OPENERS[backend]).split(":")
+    open_member = getattr(importlib.import_module(f".{module}", __name__), function)
     engine: Engine
     if backend not in _ONLY_CPU:
         try:
             with memory_errors():
-                engine = opener(bundle, member, chosen, threads, device)
+                engine = open_member(bundle, member, chosen, threads, device)
         except MemoryError as err:
             raise BackendError(f"the memory of {device} does not hold member {member!r} on {backend}: {err}") from err
         return engine
-    engine = opener(bundle, member, chosen, threads)
+    engine = open_member(bundle, member, chosen, threads)
     if device == "cpu":
         return engine
     from .compose import Hosted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,39 @@ def gpu_batch(patch: Shape3) -> int:
     """Windows per call on a GPU: a power of two, fewer when they are large."""
     fitting = max(1, _BUSY_VOXELS // int(np.prod(patch)))
     return min(_LARGEST_BATCH, 1 << (fitting.bit_length() - 1))
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An engine that knows what its calls take; that of others is estimated."""
+
+    def call_bytes(self, windows: int, each: int) -> int:
+        """Bytes that a call of `windows` still takes of its device's free memory; `each` is the estimate for one window."""
+        ...
+
+
+def call_bytes(engine: Engine, windows: int, each: int) -> int:
+    """Bytes that a call of `windows` still takes of the free memory of an engine's device; see `Measured`."""
+    return engine.call_bytes(windows, each) if isinstance(engine, Measured) else windows * each
+
+
+@contextmanager
+def at_most(engine: Engine, windows: int | None) -> Iterator[None]:
+    """Have an engine compute at most so many windows at once, any number for None; afterwards as many as before.
+
+    It is not enough to call it with fewer: it fills up what is less than its batch.
+    """
+    before = engine.batch
+    if windows is None or before <= windows:
+        yield
+        return
+    engine.batch = windows
+    limited = engine.batch
+    try:
+        yield
+    finally:
+        if engine.batch == limited:  # else it ran out of memory meanwhile, and keeps what may fit
+            engine.batch = before
 
 
 def in_batches(patches: Array, batch: int, classes: int, dtype: Any, run: Callable[[Any, Any], None]) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from ..arrays import Array, FloatArray, require
 from ..device import Simulated, compute_on, get_xp, on_device, open_stream, to_device, to_host, use_device, wait_for
 from . import Engine
+from .batches import call_bytes
 
 
 class Mirrored:
@@ -57,6 +58,10 @@ class Hosted:
         logits: Array = to_device(self._engine(to_host(patches)), self.device)
         return logits
 
+    def call_bytes(self, windows: int, each: int) -> int:
+        """Nothing of the device's."""
+        return 0
+
     def close(self) -> None:
         """Close the engine inside."""
         self._engine.close()
@@ -80,10 +85,20 @@ class Spread:
         # a thread of its own for every engine: CUDA's libraries keep handles for each thread that calls them
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="segrt-engine") for _ in engines]
         self.name = " + ".join(engine.name for engine in engines)
-        self.batch = sum(engine.batch for engine in engines)
         held = [engine.held_bytes for engine in engines]
         self.held_bytes = sum(held) if all(held) else 0
         self.device = engines[0].device
+
+    @property
+    def batch(self) -> int:
+        """The engines' together; a number that is set is shared out as they are."""
+        return sum(engine.batch for engine in self._engines)
+
+    @batch.setter
+    def batch(self, count: int) -> None:
+        whole = self.batch
+        for engine in self._engines:
+            engine.batch = max(1, count * engine.batch // whole)
 
     def __call__(self, patches: FloatArray) -> Array:
         """Run all engines on their parts; see `Engine`."""
@@ -94,9 +109,13 @@ class Spread:
             for number, thread in enumerate(self._threads)
         ]
         wait(jobs)
-        self.batch = sum(engine.batch for engine in self._engines)  # one may have halved its own
         answers = [iter(job.result()) for job in jobs]
         return _joined([next(answers[owner]) for _, _, owner in parts])
+
+    def call_bytes(self, windows: int, each: int) -> int:
+        """What the engines of the first one's device take; the others have memory of their own."""
+        here = [engine for engine in self._engines if engine.device == self.device]
+        return sum(call_bytes(engine, max(1, windows * engine.batch // self.batch), each) for engine in here)
 
     def close(self) -> None:
         """Close all engines."""

@@ -23,6 +23,8 @@ from .batches import gpu_batch, in_batches, smaller_batch_after_memory_error
 logger = logging.getLogger(__name__)
 
 _CUDA = "CUDAExecutionProvider"
+# the algorithm by cuDNN's rule, not by timing: two runs may time two algorithms the fastest, and give the same patches other bytes
+CUDA_SETTINGS = {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "1", "use_tf32": "0"}
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -116,24 +118,34 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
     return OnnxRuntimeEngine(session, name=name, dimensions=dimensions, batch=batch, device=device, stream=stream)
 
 
+def open_exact(bundle: Bundle, member: str, precision: str, threads: int, device: str) -> OnnxRuntimeEngine:
+    """Open as `open_member` does, but refuse fp16 without a typed file: other backends have it, and fp32 is many times slower on a GPU."""
+    if precision == "fp16" and (lacks := _lacks_typed(bundle, member)):
+        raise BackendError(lacks)
+    return open_member(bundle, member, precision, threads, device)
+
+
 def model_file(bundle: Bundle, member: str, precision: str) -> tuple[Path, str]:
     """The ONNX file for a precision, and the precision it has: fp32 instead of fp16 where no typed file was built of the one at hand."""
     if precision not in ("fp32", "fp16"):
         raise BackendError(f"ONNX Runtime serves fp32 and fp16, not {precision}; use backend tensorrt or pytorch")
-    path, typed = bundle.onnx_path(member), bundle.onnx_path(f"{member}-fp16")
     if precision == "fp32":
-        return path, "fp32"
+        return bundle.onnx_path(member), "fp32"
+    if lacks := _lacks_typed(bundle, member):
+        logger.warning("ONNX Runtime computes in fp32: %s", lacks)
+        return bundle.onnx_path(member), "fp32"
+    check_onnx(bundle, f"{member}-fp16")
+    return bundle.onnx_path(f"{member}-fp16"), "fp16"
+
+
+def _lacks_typed(bundle: Bundle, member: str) -> str:
+    """What is to be done about a typed file that is missing, or of other weights; "" when it is there."""
+    path, typed = bundle.onnx_path(member), bundle.onnx_path(f"{member}-fp16")
     # a new export drops this entry: the typed file of other weights stays behind
     made_of = read_build(path.with_name("build.json")).get("fp16_of", {})
-    if not typed.is_file() or made_of.get(path.stem) != sha256(path):
-        logger.warning(
-            "%s is missing or old: ONNX Runtime computes in fp32; make it with: %s --backend onnxruntime --device cuda --fp16",
-            typed,
-            bundle.build_command,
-        )
-        return path, "fp32"
-    check_onnx(bundle, f"{member}-fp16")
-    return typed, "fp16"
+    if typed.is_file() and path.is_file() and made_of.get(path.stem) == sha256(path):
+        return ""
+    return f"{typed} is missing or old; make it with: {bundle.build_command} --backend onnxruntime --device cuda --fp16"
 
 
 def output_type(session: Any) -> Any:
@@ -182,12 +194,10 @@ def _cuda_provider(ort: Any, options: Any, device: str, stream: Any) -> Any:
     options.use_deterministic_compute = True
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     settings = {
+        **CUDA_SETTINGS,
         "device_id": str(device_number(device)),
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
-        "cudnn_conv_use_max_workspace": "1",
         # what this takes CuPy cannot have
         "arena_extend_strategy": "kSameAsRequested",
-        "use_tf32": "0",
         "user_compute_stream": str(stream.ptr),
     }
     return _CUDA, settings

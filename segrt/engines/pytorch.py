@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arrays import Array, FloatArray, require
 from ..bundle import Bundle
-from ..device import device_number, on_device, use_device
+from ..device import asked_for, device_number, on_device, use_device
 from ..errors import BackendError
 from ..spec import NetworkSpec, OnnxNetwork
 from .batches import gpu_batch, in_batches, smaller_batch_after_memory_error
@@ -86,7 +86,7 @@ class TorchEngine:
         if device != "cpu":
             self._network = _rounded(self._network.to(self._place), self._dtype)
             self._separate = _fuse(self._network, self._dtype) if self._number is not None and not compiled else None
-            if compiled or self._separate:
+            if compiled or self._separate or not _has_instance_norms(self._network):
                 self._format = _channels_last(dimensions)
             self._network = self._network.to(memory_format=self._format)
         self._compiled = torch.compile(self._network) if compiled else None
@@ -168,7 +168,10 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
     _check_torch(device)
     network = _load(bundle, member, spec.network)
     batch = 1 if device == "cpu" else gpu_batch(spec.inference.patch)
-    return TorchEngine(network, classes=spec.classes, dimensions=spec.dimensions, precision=precision, batch=batch, device=device)
+    # on trial: of the networks our kernels know it was the slower one, with more than twice the memory, and of others nobody knows
+    compiled = device != "cpu" and asked_for("SEGRT_TORCH_COMPILE")
+    how: dict[str, Any] = {"precision": precision, "batch": batch, "device": device, "compiled": compiled}
+    return TorchEngine(network, classes=spec.classes, dimensions=spec.dimensions, **how)
 
 
 def _load(bundle: Bundle, member: str, network: NetworkSpec) -> Any:
@@ -214,6 +217,11 @@ def _fuse(network: Any, dtype: Any) -> Callable[[Any, Any], None] | None:
     from .torch_fused import fuse, separate
 
     return separate if fuse(network, dtype) else None
+
+
+def _has_instance_norms(network: Any) -> bool:
+    instance = require("torch", extra="export").nn.modules.instancenorm._InstanceNorm
+    return any(isinstance(module, instance) for module in network.modules())
 
 
 def _channels_last(dimensions: int) -> Any:

@@ -62,6 +62,15 @@ class TensorRTEngine:
                 self._drop_lanes()
                 raise
 
+    def call_bytes(self, windows: int, each: int) -> int:
+        """What a lane still takes: the plan is in the GPU's memory already, and the lane of another batch size makes room."""
+        if windows in self._lanes:
+            return 0
+        one = self._bytes(self._input, self.window) + self._bytes(self._output, self._logits_shape)
+        kept = sum(lane.nbytes for lane in self._lanes.values())
+        # for fewer windows TensorRT may ask for less than for the largest batch, but only a context could tell
+        return max(0, trt_api.largest_workspace_bytes(self._engine) + windows * one - kept)
+
     def _run(self, patches: Any, logits: Any) -> None:
         """Compute `logits` (n, K, Z, Y, X) of `patches` (n, C, Z, Y, X), both on the device."""
         current = self._cupy.cuda.get_current_stream()
@@ -78,6 +87,7 @@ class TensorRTEngine:
     def _lane(self, count: int) -> _Lane:
         """The lane of a batch size, made at its first use."""
         if count not in self._lanes:
+            self._drop_lanes()  # a case that leaves less room has calls of fewer windows
             self._lanes[count] = self._new_lane(count)
         return self._lanes[count]
 
@@ -122,6 +132,11 @@ class _Lane:
         self._log = log
         self._graph: Any = None
         self._ran = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the GPU it holds."""
+        return int(self.patches.nbytes + self.logits.nbytes + self.workspace.nbytes)
 
     def run(self, stream: Any) -> None:
         """Launch the network in `stream`."""

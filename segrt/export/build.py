@@ -24,7 +24,7 @@ from .engine import build_engine, resolve_target
 from .onnx import Head, export_onnx, write_reference
 from .prune import check_levels
 from .tensorrt import TensorRTOptions
-from .verify import can_run_reference, sample_windows
+from .verify import can_run_reference, checked_windows
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def export(bundle: Bundle, *, sample: str | Path | None = None, force: bool = Fa
     if not can_run_reference(bundle):
         raise BuildError(f"{bundle.path}: exporting to ONNX needs the weights and torch; install it with: pip install 'segrt[export]'")
     export_onnx(bundle)
-    write_reference(bundle, sample_windows(bundle.spec, sample, count=1))
+    write_reference(bundle, checked_windows(bundle, sample, count=1))
 
 
 def _is_exported(bundle: Bundle) -> bool:

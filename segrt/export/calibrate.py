@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from ..arrays import FloatArray, require
 from ..bundle import Bundle
 from ..errors import BuildError, InputError
 from ..io import find_cases
-from .verify import sample_windows
+from .verify import first_stage, sample_windows
 
 logger = logging.getLogger(__name__)
 
 WINDOWS = 32
 _PER_CASE = 8
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples, without their whole part, are spread evenly, however many there are
 
 
 def calibration_windows(bundle: Bundle, folder: str | Path | None) -> FloatArray:
-    """Cut windows (N, C, z, y, x) float32 from the images of a folder, those with the most contrast first; from a phantom without one.
+    """Cut windows (N, C, z, y, x) float32 from the images of a folder, or from a phantom without one.
+
+    Half of them are those with the most contrast and half are spread evenly: ranges come from all that a network meets. A cascade's second
+    stage sees the labels that its first one finds in the images.
 
     Raises
     ------
@@ -34,13 +39,16 @@ def calibration_windows(bundle: Bundle, folder: str | Path | None) -> FloatArray
     """
     if folder is None:
         logger.warning("INT8 is calibrated on a phantom; pass images of your own with --calibration for ranges that fit them")
-        return sample_windows(bundle.spec, count=WINDOWS)
+        return sample_windows(bundle.spec, count=WINDOWS, contrast=WINDOWS // 2)
     cases = find_cases(folder, len(bundle.spec.channels))
     if not cases:
         raise InputError(f"{folder}: no images to calibrate on")
     share = max(1, min(_PER_CASE, WINDOWS // len(cases)))
     images = [case.files if len(case.files) > 1 else case.files[0] for case in cases[:WINDOWS]]
-    return np.concatenate([sample_windows(bundle.spec, image, count=share) for image in images])
+    with first_stage(bundle) as first:
+        cut = partial(sample_windows, bundle.spec, count=share, first=first)
+        # of an odd number the middle one goes to either kind in turn, and few of many images do not all come from one place
+        return np.concatenate([cut(image, contrast=(share + n % 2) // 2, phase=n * _GOLDEN % 1) for n, image in enumerate(images, 1)])
 
 
 def quantize(bundle: Bundle, member: str, windows: FloatArray, target: Path) -> Path:

@@ -30,7 +30,7 @@ from ..files import sha256, staged_folder, write_atomic
 from .calibrate import calibration_windows, quantize
 from .tensorrt import TensorRTOptions, build_plan, member_model
 from .typed import write_typed
-from .verify import can_run_reference, sample_windows, verify
+from .verify import can_run_reference, checked_windows, verify
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class _Request:
     @cached_property
     def windows(self) -> FloatArray | None:
         """Windows to verify on; None where the stored reference is all there is."""
-        return sample_windows(self.bundle.spec, self.sample) if can_run_reference(self.bundle) else None
+        return checked_windows(self.bundle, self.sample) if can_run_reference(self.bundle) else None
 
     @cached_property
     def ranges(self) -> FloatArray | None:

@@ -14,7 +14,7 @@ from ..errors import BuildError
 from ..files import write_atomic
 from .quantized import quantized_onnx
 from .typed import typed_onnx
-from .weak import fused_norms, group_norms, old_opset
+from .weak import fused_norms, group_norms
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,17 @@ def member_model(bundle: Bundle, member: str, precision: Precision, calibration:
         When the member cannot be had in this precision.
     """
     source, strong = bundle.onnx_path(member), trt_api.is_strongly_typed(trt_api.load())
+    norms_16_bit = fused_norms if bundle.spec.dimensions == 3 else group_norms
     if precision == "int8":
         assert calibration is not None, "int8 needs windows to be calibrated on"
         content = quantized_onnx(source, calibration if bundle.spec.dimensions == 3 else calibration[:, :, 0])
-        return typed_onnx(content, "fp16", outputs="fp16") if strong else old_opset(content)
+        return typed_onnx(content, "fp16", outputs="fp16") if strong else norms_16_bit(content)
     if precision == "fp32":
         return source.read_bytes() if strong else group_norms(source.read_bytes())
     if not strong:
         if precision == "bf16":
             raise BuildError("this TensorRT has no bf16; use --fp16, or TensorRT 10 or later")
-        return fused_norms(source.read_bytes()) if bundle.spec.dimensions == 3 else group_norms(source.read_bytes())
+        return norms_16_bit(source.read_bytes())
     # bf16 logits would need a kernel of their own afterwards; float16 ones are read by all of them and halve the traffic
     return typed_onnx(source, precision, outputs="fp16" if precision == "fp16" else None)
 

@@ -9,11 +9,12 @@ from typing import Any
 from ..bundle import Bundle
 from ..engines import read_build
 from ..engines.batches import gpu_batch
+from ..engines.onnxrt import CUDA_SETTINGS
 from ..engines.openvino import open_core
 from ..protocol import LOGITS, PATCHES
 from ..repository import Network
 from ..spec import ModelSpec, OnnxNetwork
-from .pbtxt import Message, Value, map_field, to_text
+from .pbtxt import Message, map_field, to_text
 from .triton_config import DELAY_US, Export, batches, instances, logits_shape, parameters, tensor, window_shape, window_warmup
 
 
@@ -97,8 +98,7 @@ def onnxruntime_config(native: Native) -> Message:
     """For the ONNX file in model.onnx: on CUDA where there is a GPU, with the settings segrt's own engine has."""
     spec, on_gpu = native.bundle.spec, native.export.on_gpu
     batch, most = batches(spec, gpu_batch(spec.inference.patch) if on_gpu else 1)
-    cuda: dict[str, Value] = {"cudnn_conv_algo_search": "EXHAUSTIVE", "cudnn_conv_use_max_workspace": "1", "use_tf32": "0"}
-    accelerators: Message = {"gpu_execution_accelerator": [{"name": "cuda", "parameters": map_field(cuda)}]}
+    accelerators: Message = {"gpu_execution_accelerator": [{"name": "cuda", "parameters": map_field(CUDA_SETTINGS)}]}
     return {
         **_head(native, "onnxruntime", "onnxruntime_onnx"),
         "default_model_filename": "model.onnx",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,35 +22,79 @@ from ..io import read_volume
 from ..kernels.argmax import argmax, paint
 from ..metrics import dice, mean_dice
 from ..phantom import make_phantom
+from ..predictor import Predictor
 from ..preprocess import preprocess
 from ..spec import ModelSpec, OnnxNetwork, RGBNorm, ShapeTarget, SpacingTarget
 from ..volume import Grid, Volume
 from ..windows import plan_windows
+
+logger = logging.getLogger(__name__)
+
+FirstStage: TypeAlias = Callable[[Volume], Array]
 
 # the least share of voxels that keep their label
 LEAST_AGREEMENT: dict[Precision, float] = {"fp32": 0.9995, "fp16": 0.999, "bf16": 0.999, "int8": 0.995}
 _WINDOWS = 2
 
 
-def sample_windows(spec: ModelSpec, image: str | Path | Sequence[Path] | None = None, *, count: int = _WINDOWS) -> FloatArray:
-    """Cut the windows an engine is checked on.
+def checked_windows(bundle: Bundle, image: str | Path | None, *, count: int = _WINDOWS) -> FloatArray:
+    """Cut the windows a bundle's engines are checked on, see `sample_windows`; a cascade's first stage labels the image."""
+    if image is None:
+        return sample_windows(bundle.spec, count=count)
+    with first_stage(bundle) as first:
+        return sample_windows(bundle.spec, image, count=count, first=first)
+
+
+@contextmanager
+def first_stage(bundle: Bundle) -> Iterator[FirstStage | None]:
+    """Open what labels an image as the stage before a cascade's second does; None for other models, and where the bundle has none."""
+    if bundle.spec.previous is not None and bundle.previous is not None:
+        with Predictor(bundle.previous, postprocess=False, tta=False) as predictor:
+            yield lambda volume: predictor(volume).labels
+        return
+    if bundle.spec.previous is not None:
+        logger.warning("%s holds no first stage: windows of images are made as if it had found nothing", bundle.path)
+    yield None
+
+
+def sample_windows(
+    spec: ModelSpec,
+    image: str | Path | Sequence[Path] | None = None,
+    *,
+    count: int = _WINDOWS,
+    contrast: int | None = None,
+    phase: float = 0.5,
+    first: FirstStage | None = None,
+) -> FloatArray:
+    """Cut the windows an engine is checked or calibrated on.
 
     Parameters
     ----------
     image : an image of the kind the model is for; without it a phantom is mapped into the model's intensity range
     count : at most this many windows
+    contrast : how many of these are the ones with the most contrast, all by default; the others are spread evenly over the image
+    phase : where in its share of the image each of these others lies, 0 <= phase < 1
+    first : labels an image for a cascade's second stage, see `first_stage`; without it there are no labels on an image
 
     Returns
     -------
     (N, C, z, y, x) float32, the windows with the most contrast first
     """
-    data = _phantom_data(spec) if image is None else _image_data(spec, image)
+    data = _phantom_data(spec) if image is None else _image_data(spec, image, first)
     plan = plan_windows(data.shape[1:], spec.inference)
     pads = [(low, full - low - n) for low, full, n in zip(plan.low, plan.shape, data.shape[1:], strict=True)]
     padded = np.pad(data, [(0, 0), *pads])
     patches = [padded[(slice(None), *(slice(s, s + p) for s, p in zip(start, plan.patch, strict=True)))] for start in plan.starts]
-    patches.sort(key=lambda patch: -float(patch.std()))
-    return np.ascontiguousarray(np.stack(patches[:count]), np.float32)
+    chosen = _choose([float(patch.std()) for patch in patches], count, count if contrast is None else contrast, phase)
+    return np.ascontiguousarray(np.stack([patches[n] for n in chosen]), np.float32)
+
+
+def _choose(contrasts: Sequence[float], count: int, first: int, phase: float) -> list[int]:
+    """Places of the `first` largest contrasts, then up to `count` of the others at even distances."""
+    order = sorted(range(len(contrasts)), key=lambda n: -contrasts[n])
+    others = sorted(order[first:])
+    more = min(count - first, len(others))
+    return order[:first] + [others[int((k + phase) * len(others) / more)] for k in range(more)]
 
 
 def reference_logits(bundle: Bundle, member: str, windows: FloatArray) -> FloatArray:
@@ -164,9 +210,11 @@ def _shortfall(report: dict[str, Any]) -> str:
     return ""
 
 
-def _image_data(spec: ModelSpec, image: str | Path | Sequence[Path]) -> FloatArray:
+def _image_data(spec: ModelSpec, image: str | Path | Sequence[Path], first: FirstStage | None) -> FloatArray:
     volume = read_volume(image, [channel.name for channel in spec.channels])
-    previous = None if spec.previous is None else np.zeros(volume.grid.shape, np.uint8)
+    previous = None
+    if spec.previous is not None:
+        previous = np.zeros(volume.grid.shape, np.uint8) if first is None else first(volume)
     return preprocess(volume, spec, previous=previous)[0]
 
 

@@ -25,7 +25,7 @@ def fused_norms(content: bytes) -> bytes:
 
     Parameters
     ----------
-    content : float32 ONNX model of a 3-D network with constant scales and biases
+    content : float32 ONNX model of a 3-D network with constant scales and biases; its convolutions may be quantised
 
     Returns
     -------
@@ -72,11 +72,6 @@ def group_norms(content: bytes) -> bytes:
             node.op_type = "GroupNormalization"
             node.attribute.append(onnx.helper.make_attribute("num_groups", int(constants[node.input[1]].size)))
     return bytes(model.SerializeToString())
-
-
-def old_opset(content: bytes) -> bytes:
-    """Convert to the newest opset that TensorRT 8.6 reads."""
-    return bytes(_converted(content, _OPSET)[1].SerializeToString())
 
 
 def _converted(content: bytes, opset: int) -> tuple[Any, Any]:

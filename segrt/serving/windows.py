@@ -11,6 +11,7 @@ import numpy as np
 
 from ..arrays import Array, FloatArray
 from ..engines import Engine
+from ..engines.batches import call_bytes
 from ..errors import BackendError
 from ..protocol import LOGITS, PATCHES
 from .tensors import server_module, to_tensor, view
@@ -41,6 +42,10 @@ class Watched:
         """Run the engine, unless nobody waits."""
         self._check()
         return self._engine(patches)
+
+    def call_bytes(self, windows: int, each: int) -> int:
+        """The engine's own."""
+        return call_bytes(self._engine, windows, each)
 
     def close(self) -> None:
         """Close the engine."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import unet_bundle, write_case
+from factories import banded, make_bundle, make_spec, unet_bundle, write_case
 
 from segrt.bundle import Bundle
 from segrt.engines import open_engine
@@ -15,10 +15,12 @@ from segrt.engines.openvino import engine_key
 from segrt.errors import BackendError, BuildError, InputError
 from segrt.export.calibrate import WINDOWS, calibration_windows, quantize
 from segrt.export.engine import build_engine
+from segrt.export.verify import _choose, checked_windows
 from segrt.io import write_image
 from segrt.phantom import make_phantom
 from segrt.pipeline import predict_many
 from segrt.predictor import Predictor
+from segrt.spec import PreviousStage
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "bundle"
 
@@ -66,6 +68,50 @@ def test_windows_come_from_every_image(tmp_path: Path) -> None:
     windows = calibration_windows(bundle, images)
     assert 3 <= len(windows) <= WINDOWS
     assert windows.shape[1:] == (bundle.spec.in_channels, *bundle.spec.inference.patch)
+
+
+def test_a_second_stage_sees_what_the_first_one_finds(tmp_path: Path) -> None:
+    """All channels empty would set ranges that no case has, and check an engine on what it never meets."""
+    low = make_bundle(tmp_path / "low", make_spec())
+    bundle = make_bundle(tmp_path / "b", make_spec(previous=PreviousStage(values=(1, 2))), previous=low)
+    images = tmp_path / "images"
+    images.mkdir()
+    case = write_case(images / "a_0000.nii.gz", banded((12, 14, 10)))
+    for windows in (calibration_windows(bundle, images), checked_windows(bundle, case)):
+        image, found = windows[:, 0], windows[:, 1:]
+        assert found.any(axis=(0, 2, 3, 4)).all()
+        assert all((found[:, value - 1] == (image == value)).all() for value in (1, 2))
+
+
+def test_without_a_first_stage_there_are_no_labels_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = make_bundle(tmp_path / "b", make_spec(previous=PreviousStage(values=(1, 2))))
+    case = write_case(tmp_path / "a_0000.nii.gz", banded((12, 14, 10)))
+    assert not checked_windows(bundle, case)[:, 1:].any()
+    assert "holds no first stage" in caplog.text
+
+
+@pytest.mark.parametrize("cases", [1, 40])
+def test_ranges_are_not_those_of_the_strongest_contrast_alone(tmp_path: Path, cases: int) -> None:
+    bundle = make_bundle(tmp_path / "b", make_spec())
+    images = tmp_path / "images"
+    images.mkdir()
+    image = np.random.default_rng(0).normal(0, 0.1, (16, 16, 64)).astype(np.float32)
+    image[..., 32:] *= 100
+    for number in range(cases):
+        write_case(images / f"{number:02}_0000.nii.gz", image)
+    windows = calibration_windows(bundle, images)
+    strong = [window.std() > 5 for window in windows]
+    assert len(windows) == (8 if cases == 1 else WINDOWS)
+    # six in ten windows reach into the strong half
+    assert len(windows) // 2 <= sum(strong) <= len(windows) * 7 // 8
+    assert (windows == calibration_windows(bundle, images)).all()
+
+
+def test_windows_are_spread_over_what_the_strongest_leave() -> None:
+    assert _choose([3, 9, 1, 2, 8, 5, 4, 7], 4, 2, 0.5) == [1, 4, 2, 6]
+    assert _choose([3, 9, 1], 8, 4, 0.5) == [1, 0, 2]
+    assert _choose([3, 9, 1], 1, 0, 0.5) == [1]
+    assert sorted(_choose(list(range(9)), 9, 4, 0.5)) == list(range(9))
 
 
 def test_a_folder_without_images_is_named(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +25,9 @@ from factories import UNET_2D, UNET_3D, unet_bundle
 from segrt.arrays import FloatArray, require
 from segrt.bundle import Bundle
 from segrt.device import Simulated, to_device, to_host
-from segrt.engines import _finds_gpu, open_engine, resolve_device, rtx
+from segrt.engines import _finds_gpu, _open_first, open_engine, resolve_device, rtx
 from segrt.engines.batches import gpu_batch, in_batches
-from segrt.engines.onnxrt import check_cuda_provider, runtime_errors
+from segrt.engines.onnxrt import _cuda_provider, check_cuda_provider, runtime_errors
 from segrt.engines.pytorch import TorchEngine
 from segrt.errors import BackendError, InputError
 from segrt.export.engine import build_engine
@@ -33,6 +35,7 @@ from segrt.export.onnx import export_onnx
 from segrt.export.typed import typed_onnx, write_typed
 from segrt.files import sha256
 from segrt.networks import build
+from segrt.spec import UNetPPSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("openvino", "onnxruntime", "pytorch")
@@ -176,6 +179,29 @@ def test_normalisation_keeps_float32_in_a_network_of_half_precision(dimensions: 
     assert all(p.is_contiguous(memory_format=layout) for p in network.parameters() if p.ndim == dimensions + 2)
 
 
+@torch_itself_warns
+def test_torch_compile_is_switched_on_by_the_environment(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGRT_TORCH_COMPILE", "1")
+    assert open_engine(bundle, "0", backend="pytorch", device="simulated").name == "pytorch, simulated, fp32, compiled"
+    assert open_engine(bundle, "0", backend="pytorch").name == "pytorch, cpu, fp32", "not where it is the reference"
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_channels_are_last_where_no_instance_normalisation_turns_them(dimensions: int) -> None:
+    network = build(UNetPPSpec(family="unetpp", dimensions=dimensions, in_channels=1, out_channels=3, features=(4,) * 5, level=2))
+    plain = deepcopy(network)
+    engine = TorchEngine(network, classes=3, dimensions=dimensions, batch=2, device="simulated")
+    last = torch.channels_last if dimensions == 2 else torch.channels_last_3d
+    kernels = [p for p in network.parameters() if p.ndim == dimensions + 2]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=last) for p in kernels)
+    patches = np.random.default_rng(0).normal(size=(3, 1, 8 if dimensions == 3 else 1, 16, 16)).astype(np.float32)
+    expected = TorchEngine(plain, classes=3, dimensions=dimensions)(patches)
+    logits = engine(simulated(patches))
+    assert logits.flags.c_contiguous
+    np.testing.assert_allclose(to_host(logits), expected, rtol=0, atol=1e-5)  # sums of another order
+
+
 class Large(torch.nn.Module):
     """A network of values that 16-bit sums could not hold, and whose normalisation must."""
 
@@ -317,7 +343,8 @@ def test_onnxruntime_without_the_typed_file_computes_in_fp32_and_says_so(copy: B
     with caplog.at_level(logging.WARNING):
         engine = open_engine(copy, "0", backend="onnxruntime", precision="fp16", device="simulated")
     assert engine.name == "onnxruntime, simulated, fp32"
-    assert "0-fp16.onnx is missing or old: ONNX Runtime computes in fp32; make it with: segrt-build" in caplog.text
+    assert "ONNX Runtime computes in fp32: " in caplog.text
+    assert "0-fp16.onnx is missing or old; make it with: segrt-build" in caplog.text
 
 
 def test_a_build_for_fp16_writes_the_typed_file_and_verifies_it(copy: Bundle, caplog: pytest.LogCaptureFixture) -> None:
@@ -367,6 +394,17 @@ def test_the_errors_of_onnxruntime_are_ours() -> None:
         raise state.InvalidArgument("shapes\n differ")
 
 
+def test_cudas_algorithms_are_not_chosen_by_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was the fastest in one run may not be in the next, and equal patches would get other bytes."""
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    options = onnxruntime.SessionOptions()
+    library, stream = SimpleNamespace(preload_dlls=lambda: None), SimpleNamespace(ptr=7)
+    name, settings = _cuda_provider(library, options, "cuda:1", stream)
+    assert options.use_deterministic_compute
+    assert settings["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert (name, settings["device_id"], settings["user_compute_stream"]) == ("CUDAExecutionProvider", "1", "7")
+
+
 def test_patches_of_another_size_are_an_error_in_a_sentence(copy: Bundle) -> None:
     engine = open_engine(copy, "0", backend="onnxruntime", device="simulated")
     with pytest.raises(BackendError, match="onnxruntime, simulated, fp32: ONNX Runtime failed"):
@@ -400,6 +438,7 @@ def test_large_windows_come_in_small_batches(patch: Any, batch: int) -> None:
 @without_gpu
 def test_what_every_backend_lacks_is_listed(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
+    write_typed(copy, "0")
     with pytest.raises(BackendError) as error:
         open_engine(copy, "0", device="cuda:0")
     text = str(error.value)
@@ -408,6 +447,34 @@ def test_what_every_backend_lacks_is_listed(copy: Bundle, monkeypatch: pytest.Mo
     assert "has no CUDA provider" in text
     assert "; pytorch: torch" in text
     assert "cannot compute on cuda:0" in text
+
+
+def test_auto_passes_over_a_backend_that_lacks_the_precision(copy: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    """float32 in ONNX Runtime is many times slower on a GPU than float16 in PyTorch."""
+    (engine,) = _open_first(copy, "0", "fp16", 0, ["simulated"])
+    assert engine.name == "pytorch, simulated, fp16"
+    assert re.search(r"runs on pytorch, simulated, fp16, not on onnxruntime: .*0-fp16\.onnx is missing or old; make it with", caplog.text)
+    write_typed(copy, "0")
+    (engine,) = _open_first(copy, "0", "fp16", 0, ["simulated"])
+    assert engine.name == "onnxruntime, simulated, fp16"
+
+
+def test_auto_takes_one_backend_for_all_devices(copy: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows dealt to two backends would make the labels depend on who got which."""
+    opened = []
+
+    class OnlyOnce(onnxruntime.InferenceSession):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            opened.append(self)
+            if len(opened) == 2:
+                raise RuntimeError("not on this one")
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", OnlyOnce)
+    engines = _open_first(copy, "0", "fp32", 0, ["simulated", "cpu"])
+    assert len(opened) == 2
+    assert [engine.name for engine in engines] == ["pytorch, simulated, fp32", "pytorch, cpu, fp32"]
+    assert "not on this one" in caplog.text
 
 
 @without_gpu

@@ -7,19 +7,27 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from factories import UNET_2D, UNET_3D, make_bundle, make_spec, unet_bundle, write_case
+from factories import UNET_2D, UNET_3D, CountingEngine, make_bundle, make_spec, nearest, nearest_engine, unet_bundle, write_case
 
+from segrt.arrays import FloatArray
 from segrt.bundle import Bundle
+from segrt.device import to_device, to_host
 from segrt.device_plan import plan_device
+from segrt.engines import Engine
+from segrt.engines.batches import gpu_batch
+from segrt.engines.compose import Hosted, Spread
 from segrt.errors import BackendError
 from segrt.memory import case_bytes, engine_bytes, estimate
+from segrt.opened import OpenModel, run_models
 from segrt.phantom import make_phantom
-from segrt.slabs import Load, logits_bytes, starts_per_slab
-from segrt.spec import KeepLargest, ModelSpec, PreviousStage, Resampling, SpacingTarget
+from segrt.slabs import Load, logits_bytes, starts_per_slab, whole_placement
+from segrt.spec import KeepLargest, ModelSpec, PreviousStage, Resampling, SpacingTarget, UNetSpec
 from segrt.volume import Grid
 from segrt.windows import Aggregator, plan_slabs, plan_windows
 
@@ -167,17 +175,100 @@ def test_a_run_stays_under_the_estimate_it_prints(tmp_path: Path, make: object, 
 
 
 CT_LARGE = Grid((600, 512, 512), (1.0, 0.8, 0.8))
-ORGANS_117 = make_spec(values=range(117), patch=(128, 128, 128), target=SpacingTarget(spacing=(1.0, 0.8, 0.8)))
+LARGE_UNET = UNetSpec(  # 31 M parameters
+    family="plain_unet",
+    dimensions=3,
+    in_channels=1,
+    out_channels=117,
+    features=(32, 64, 128, 256, 320, 320),
+    kernels=((3, 3, 3),) * 6,
+    strides=((1, 1, 1), *((2, 2, 2),) * 5),
+    blocks=(2,) * 6,
+    decoder_convs=(2,) * 5,
+)
+ORGANS_117 = make_spec(
+    values=range(117), patch=(128, 128, 128), target=SpacingTarget(spacing=(1.0, 0.8, 0.8)), network=LARGE_UNET, mirror_axes=(0, 1, 2)
+)
 
 
-def test_117_classes_on_a_large_ct_fit_a_gpu_of_24_gb_slab_by_slab() -> None:
-    plan = plan_device([Load(ORGANS_117, batch=1, engine=3 * 10**9)], CT_LARGE, 2, free=24 * 10**9)
+def opened(spec: ModelSpec, *engines: Engine, mirror_axes: tuple[int, ...] = ()) -> OpenModel:
+    """A model with an engine of a GPU's own batch, which nobody measured."""
+    return OpenModel(spec, engines or [nearest_engine(batch=gpu_batch(spec.inference.patch))], None, "float32", mirror_axes)
+
+
+@pytest.mark.parametrize("mirror_axes", [(), (0, 1, 2)])
+def test_117_classes_on_a_large_ct_fit_a_gpu_of_24_gb(mirror_axes: tuple[int, ...]) -> None:
+    """By slabs and, as these are not enough, in smaller batches than the engine likes."""
+    load = opened(ORGANS_117, mirror_axes=mirror_axes).load
+    assert load.batch == 4
+    plan = plan_device([load], CT_LARGE, 2, free=24 * 10**9)
     whole = 4 * 117 * 600 * 512 * 512
     logits = dict(plan.stages["network"])["logits"]
     assert whole > 70e9
-    assert plan.starts == (1,)
+    assert (plan.starts, plan.batches) == ((1,), (1,))
     assert logits == 4 * 117 * 129 * 512 * 512
     assert plan.peak < 0.92 * 24e9
+    for most in (load, load.less):
+        assert most is not None
+        with pytest.raises(BackendError, match="voxels needs"):
+            plan_device([replace(most, less=None)], CT_LARGE, 2, free=24 * 10**9)
+
+
+def test_batches_stay_as_large_as_the_gpu_allows() -> None:
+    load = opened(ORGANS_117).load
+    assert plan_device([load], CT_LARGE, 2, free=140 * 10**9).batches == (4,)
+    assert plan_device([load], CT_LARGE, 2, free=33 * 10**9).batches == (4,), "slabs come first"
+    assert plan_device([load], CT_LARGE, 2, free=26 * 10**9).batches == (2,)
+
+
+def test_a_planned_batch_is_kept_for_the_case_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """An engine fills up what is less than its batch: during the case that is smaller, and the next case finds it as it was."""
+    seen = []
+
+    class Looks(CountingEngine):
+        def __call__(self, patches: FloatArray) -> FloatArray:
+            seen.append(self.batch)
+            return super().__call__(patches)
+
+    spec = make_spec(values=range(40), patch=(8, 8, 8), network=UNET_3D.model_copy(update={"out_channels": 40}))
+    image = np.random.default_rng(0).normal(size=(1, 8, 24, 24)).astype(np.float32)
+    placement = whole_placement(spec, Grid(image.shape[1:]))
+    engine = Looks(nearest(range(40)), batch=4, device="simulated")
+    model = opened(spec, engine)
+    assert model.load.less is not None
+    how: dict[str, Any] = {"probabilities": True}  # without slabs
+    each = {load.batch: plan_device([load], placement.grid, 4, free=10**12, **how).peak for load in (model.load, model.load.less)}
+    worked = [(to_device(image, "simulated"), placement)]
+    labels = {}
+    for batch, peak in each.items():
+        (inferred,) = run_models([model], worked, 4, free=int(peak / 0.92) + 100, progress=None, **how)
+        labels[batch] = to_host(inferred.whole())
+        assert (max(engine.calls), set(seen), engine.batch) == (batch, {batch}, 4)
+        engine.calls.clear()
+        seen.clear()
+    np.testing.assert_allclose(labels[4], labels[2], rtol=1e-6)
+    assert caplog.messages == ["simulated: 4 windows at once do not fit beside this case; going on with 2"]
+
+
+def test_several_gpus_have_memory_of_their_own() -> None:
+    engines = [nearest_engine(batch=4, device=device) for device in ("simulated", "cpu")]
+    alone, spread = opened(ORGANS_117, engines[0]).load, opened(ORGANS_117, Spread(engines)).load
+    assert (spread.batch, spread.engine) == (8, alone.engine)
+    assert spread.less is not None
+    assert alone.less is not None
+    assert spread.less.engine == alone.less.engine
+
+
+def test_an_engine_of_the_host_takes_none_of_the_gpus_memory() -> None:
+    inner = nearest_engine(batch=4)
+    inner.held_bytes = 10**9
+    assert opened(ORGANS_117, Hosted(inner, "simulated")).load.engine == 0
+
+
+def test_a_turned_image_is_copied_once() -> None:
+    turned = ORGANS_117.model_copy(update={"transpose": (2, 1, 0)})
+    plans = [plan_device([Load(spec)], CT_LARGE, 2, free=10**12) for spec in (ORGANS_117, turned)]
+    assert [dict(plan.stages["preprocess"])["turned image"] for plan in plans] == [0, 2 * 600 * 512 * 512]
 
 
 def test_logits_stay_whole_where_the_gpu_is_large_enough() -> None:

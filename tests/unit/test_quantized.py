@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +13,15 @@ import onnx
 import pytest
 from factories import UNET_2D, UNET_3D, make_bundle, make_spec, write_case
 from onnx import TensorProto, numpy_helper
-from typed_models import as_stored, element_types, held_against, node_types, random_bundle, run, windows_of
+from onnx.reference import ReferenceEvaluator
+from typed_models import InstanceNormalization_TRT, as_stored, element_types, held_against, node_types, random_bundle, run, windows_of
 
 from segrt.arrays import Array, FloatArray
 from segrt.bundle import Bundle
 from segrt.errors import BuildError
 from segrt.export.calibrate import calibration_windows
 from segrt.export.quantized import quantized_onnx
+from segrt.export.tensorrt import member_model
 from segrt.export.typed import typed_onnx
 from segrt.phantom import make_phantom
 
@@ -85,6 +90,28 @@ def test_what_stays_in_float_becomes_float16(made: tuple[Bundle, bytes]) -> None
     assert {kinds[n.output[0]] for n in model.graph.node if n.op_type == "QuantizeLinear"} == {TensorProto.INT8}
     patches = windows_of(bundle)
     assert run(typed_onnx(content, "fp16"), patches) == pytest.approx(run(content, patches), abs=0.15)
+
+
+def test_tensorrt_8_gets_its_own_norms_between_quantised_convolutions(made: tuple[Bundle, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its parser makes of InstanceNormalization is a layout that no fast convolution reads."""
+    bundle, content = made
+    eight = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(EXPLICIT_BATCH=0))
+    monkeypatch.setitem(sys.modules, "tensorrt", eight)
+    flat = bundle.spec.dimensions == 2
+    model = onnx.load_model_from_string(member_model(bundle, "0", "int8", windows_of(bundle)[:, :, None] if flat else windows_of(bundle)))
+    before, after = (Counter(node.op_type for node in m.graph.node) for m in (onnx.load_model_from_string(content), model))
+    norm = "GroupNormalization" if flat else "InstanceNormalization_TRT"
+    assert (after["InstanceNormalization"], after[norm]) == (0, before["InstanceNormalization"])
+    maker = {name: node.op_type for node in model.graph.node for name in node.output}
+    ends = {model.graph.input[0].name, model.graph.output[0].name}
+    inner = [node for node in model.graph.node if node.op_type == "Conv" and ends.isdisjoint({node.input[0], node.output[0]})]
+    assert len(inner) == len([n for n in onnx.load_model_from_string(content).graph.node if n.op_type == "Conv"]) - 2
+    assert all(maker[name] == "DequantizeLinear" for node in inner for name in node.input[:2])
+    patches = windows_of(bundle)[:1]
+    model.opset_import[0].version = 20  # the evaluator knows no older quantisation, and these operators did not change in between
+    (logits,) = ReferenceEvaluator(model, new_ops=[InstanceNormalization_TRT]).run(None, {"patches": patches})
+    # a value that lies between two steps of 8 bits may take the other one
+    assert logits == pytest.approx(run(content, patches), abs=0.05)
 
 
 def phantom_windows(bundle: Bundle, folder: Path, seed: int) -> FloatArray:

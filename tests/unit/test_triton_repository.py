@@ -214,6 +214,7 @@ def test_native_configurations_are_read_by_the_servers_parser(tmp_path: Path, de
         assert configs["openvino"].instance_group[0].kind == kinds["cpu"]
         accelerators = configs["onnxruntime"].optimization.execution_accelerators.gpu_execution_accelerator
         assert [a.name for a in accelerators] == ([] if device == "cpu" else ["cuda"])
+        assert all(a.parameters["cudnn_conv_algo_search"] == "HEURISTIC" for a in accelerators)
 
 
 def test_native_backends_find_the_networks_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from factories import make_bundle, make_spec, unet_bundle
 from segrt.bundle import Bundle
 from segrt.device import compute_on, open_stream, to_device, to_host, use_device
 from segrt.engines import open_engine
+from segrt.engines.batches import at_most
 from segrt.engines.compiled import check_window
-from segrt.engines.trt import this_machine
+from segrt.engines.trt import TensorRTEngine, _Lane, this_machine
 from segrt.engines.trt_plan import Machine, engine_key, find_plan, make_record, mismatch
 from segrt.errors import BackendError
 from segrt.export.engine import build_engine
@@ -187,6 +189,19 @@ def test_tensorrt_needs_a_gpu(bundle: Bundle, device: str) -> None:
         this_machine(device)
 
 
+def test_what_lies_in_the_gpus_memory_already_is_not_counted_again() -> None:
+    """Neither the plan nor a lane that an earlier call made; what a lane of another batch size gives back counts for the new one."""
+    engine = TensorRTEngine.__new__(TensorRTEngine)  # opening one needs a GPU
+    engine._engine = SimpleNamespace(device_memory_size_v2=1000)
+    engine._input, engine._output = "patches", "logits"
+    engine._types = {"patches": np.dtype(np.float32), "logits": np.dtype(np.float16)}
+    engine.window, engine._logits_shape, engine._lanes = (1, 2, 5, 5), (3, 2, 5, 5), {}
+    assert [engine.call_bytes(n, 10**9) for n in (1, 4)] == [1000 + 500, 1000 + 4 * 500]
+    patches, logits = np.empty((4, 1, 2, 5, 5), np.float32), np.empty((4, 3, 2, 5, 5), np.float16)
+    engine._lanes[4] = _Lane(None, patches, logits, np.empty(900, np.uint8), None)
+    assert [engine.call_bytes(n, 10**9) for n in (4, 1, 8)] == [0, 0, 1000 + 8 * 500 - 2900]
+
+
 # ------------------------------------------------------------------ names that only a GPU would run
 def test_cupy_has_what_the_engine_calls() -> None:
     cuda = pytest.importorskip("cupy").cuda
@@ -229,6 +244,17 @@ def test_a_gpu_gives_the_logits_of_the_cpu(built: Bundle, precision: Any, error:
         # the first batch ran plainly, all later ones as a CUDA graph
         for count in (11, 1, 4, 5):
             assert np.array_equal(to_host(engine(device_patches[:count])).astype(np.float32), found[:count])
+
+
+@pytest.mark.gpu
+def test_a_plan_serves_smaller_batches_to_the_same_logits(built: Bundle) -> None:
+    with closing(open_engine(built, "0", backend="tensorrt", device="cuda", precision="fp16")) as engine, use_device(engine.device):
+        patches = to_device(np.random.default_rng(0).normal(size=(5, 1, 8, 8, 8)).astype(np.float32), engine.device)
+        expected = to_host(engine(patches))
+        for windows in (1, 2, None):
+            with at_most(engine, windows):
+                assert np.array_equal(to_host(engine(patches)), expected)
+                assert engine.call_bytes(engine.batch, 0) == 0
 
 
 @pytest.mark.gpu

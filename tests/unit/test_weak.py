@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
+from typed_models import InstanceNormalization_TRT
 
-from segrt.export.weak import fused_norms, group_norms, old_opset
+from segrt.export.weak import fused_norms, group_norms
 
 SHAPE = (2, 3, 4, 5, 6)
 rng = np.random.default_rng(0)
@@ -20,19 +20,6 @@ CONSTANTS = {
     "scale": rng.normal(size=3).astype(np.float32),
     "bias": rng.normal(size=3).astype(np.float32),
 }
-
-
-class InstanceNormalization_TRT(OpRun):  # noqa: N801 - the plugin's name
-    """The plugin as its documentation defines it: instance normalisation, then a leaky ReLU where `relu` is set."""
-
-    def _run(
-        self, x: Any, epsilon: Any = 0, scales: Any = (), bias: Any = (), relu: Any = 0, alpha: Any = 0, plugin_version: Any = ""
-    ) -> Any:
-        assert plugin_version == "1"
-        axes, shape = (2, 3, 4), (1, -1, 1, 1, 1)
-        y = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + epsilon)
-        y = y * np.reshape(scales, shape) + np.reshape(bias, shape)
-        return ((np.where(y < 0, alpha * y, y) if relu else y).astype(x.dtype),)
 
 
 def model(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("y",), opset: int = 20) -> bytes:
@@ -95,7 +82,7 @@ def test_group_normalisation_computes_what_the_model_did(name: str) -> None:
 
 
 def test_operators_are_those_that_the_parser_knows() -> None:
-    for convert, opset in ((old_opset, 17), (fused_norms, 17), (group_norms, 18)):
+    for convert, opset in ((fused_norms, 17), (group_norms, 18)):
         assert [e.version for e in onnx.load_model_from_string(convert(CASES["block"][0])).opset_import] == [opset]
 
 
