@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +25,30 @@ def test_benchmark_runs_at_toy_size(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {p: p.read_bytes() for p in (ROOT / "benchmarks" / "results").glob("*.json")} == before, "a toy run leaves results alone"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module benchmarks/gpu.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_stages_of_a_gpu_run_leave_those_of_earlier_runs_as_they_are(gpu: Any) -> None:
+    first, second = ({"commit": commit, "versions": {"torch": torch}} for commit, torch in (("a", "2.11"), ("b", "2.13")))
+    machine = {"identity": {"name": "NVIDIA H200"}, "copy": {"bytes_per_s": 4e12}, "matrix": {"flop_per_s": {"fp16": 7e14}}}
+    written = gpu.merged({}, {"machine": machine, "kernels": {"argmax": {"median_ms": 1.0, "bytes_per_s": 2e12}}}, first)
+    again = gpu.merged(json.loads(json.dumps(written)), {"kernels": {"argmax": {"median_ms": 0.5, "bytes_per_s": 4e12}}}, second)
+    assert again["machine"] == machine
+    assert again["kernels"]["argmax"]["median_ms"] == 0.5
+    assert again["made"] == {"machine": first, "kernels": second}
+    assert any("100 %" in line for line in again["summary"]), "of the copy that was measured before"
+    # files of before had one commit for all
+    old = {**written, **first}
+    del old["made"]
+    assert gpu.merged(old, {"case": {}}, second)["made"] == {"machine": first, "kernels": first, "case": second}
+
+
+def test_plans_are_built_before_anything_needs_them(gpu: Any) -> None:
+    stages = list(gpu.STAGES)
+    assert stages.index("plans") < min(stages.index(stage) for stage in ("case", "engines", "repeats"))
