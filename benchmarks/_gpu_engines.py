@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,22 +76,48 @@ def open_onnxruntime(setting: Setting, precision: str, batch: int) -> Engine:
 
 
 def open_tensorrt(setting: Setting, precision: str, batch: int) -> Engine:
-    """TensorRT, with a plan built for this GPU by the first stage that asks for this batch."""
+    """TensorRT, with a plan that the stage before has built for this GPU."""
+    plan = plan_path(setting, precision, batch)
+    if not plan.is_file():
+        raise Skip("no plan: run the stage plans until it is complete, with the same --work")
+    from segrt.engines.trt import open_plan
+
+    return open_plan(plan, device=setting.device, precision=precision)
+
+
+def plan_path(setting: Setting, precision: str, batch: int) -> Path:
+    """Where this GPU's plan of the network is or will be."""
     if importlib.util.find_spec("tensorrt") is None:
         raise Skip("tensorrt is not installed")
     if not setting.on_gpu:
         raise Skip("TensorRT needs a GPU")
-    from segrt.engines.trt import open_plan, this_machine
+    from segrt.engines.trt import this_machine
     from segrt.engines.trt_plan import engine_key
-    from segrt.export.engine import build_engine
-    from segrt.export.tensorrt import TensorRTOptions
 
-    export(setting)
-    plan = setting.bundle.engine_path(engine_key(this_machine(setting.device), precision, batch)) / "0.plan"
-    if not plan.is_file():
-        how: dict[str, Any] = {"precision": precision, "device": setting.device, "force": True}
-        build_engine(setting.bundle, backend="tensorrt", tensorrt=TensorRTOptions(batch=batch), **how)
-    return open_plan(plan, device=setting.device, precision=precision)
+    return setting.bundle.engine_path(engine_key(this_machine(setting.device), precision, batch)) / "0.plan"
+
+
+def build_plan(precision: str, batch: int) -> Callable[[Setting], dict[str, Any]]:
+    """A job that builds a plan, or finds the one that an earlier call with this folder built."""
+
+    def run(setting: Setting) -> dict[str, Any]:
+        try:
+            plan = plan_path(setting, precision, batch)
+        except BackendError as err:
+            raise Skip(str(err)) from err
+        begun, found = time.perf_counter(), plan.is_file()
+        if not found:
+            from segrt.export.engine import build_engine
+            from segrt.export.tensorrt import TensorRTOptions
+
+            export(setting)
+            # what one build has measured the next one need not
+            options = TensorRTOptions(batch=batch, timing_cache=setting.work / "timing.cache")
+            how: dict[str, Any] = {"precision": precision, "device": setting.device, "force": True}
+            build_engine(setting.bundle, backend="tensorrt", tensorrt=options, **how)
+        return {"bytes": plan.stat().st_size, "seconds": time.perf_counter() - begun, "found": found}
+
+    return run
 
 
 def export(setting: Setting) -> None:
@@ -159,6 +187,8 @@ def arithmetic(setting: Setting) -> dict[str, Any]:
     }
 
 
+# the one that the stage case needs comes first
+PLANS: dict[str, Callable[[Setting], dict[str, Any]]] = {f"tensorrt fp16, batch {n}": build_plan("fp16", n) for n in (4, 1, 8)}
 JOBS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "arithmetic": arithmetic,
     **{f"pytorch fp16, batch {n}": measure(open_torch, "fp16", n) for n in (1, 4, 8)},

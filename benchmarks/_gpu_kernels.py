@@ -13,7 +13,7 @@ import numpy as np
 from _gpu_setting import CHECK, Arrays, Setting, Sizes
 
 from segrt.device import to_host
-from segrt.kernels import argmax, bbox, blend, components, normalize, onehot, resample
+from segrt.kernels import argmax, bbox, blend, components, mean, normalize, onehot, resample
 
 Made = tuple[Callable[[], Any], int]
 Job = Callable[[Arrays, Sizes], Made]
@@ -29,20 +29,6 @@ def measure(job: Job) -> Callable[[Setting], dict[str, Any]]:
         call, moved = job(Arrays(setting.device), setting.full)
         figures = setting.timed(call)
         return figures | {"bytes": moved, "bytes_per_s": 1000 * moved / figures["median_ms"], "largest_error": error}
-
-    return run
-
-
-def check_alone(job: Job) -> Callable[[Setting], dict[str, Any]]:
-    """A job for compute-sanitizer: every array in memory of its own, so that a step beside one is seen."""
-
-    def run(setting: Setting) -> dict[str, Any]:
-        if not setting.on_gpu:
-            return {"largest_error": check(job, setting.device)}
-        import cupy
-
-        with cupy.cuda.using_allocator(None):  # no pool
-            return {"largest_error": check(job, setting.device)}
 
     return run
 
@@ -153,6 +139,22 @@ def probabilities(arrays: Arrays, size: Sizes) -> Made:
     return lambda: argmax.resample_probabilities(logits, size.image, activation="softmax"), moved
 
 
+def _mean(dtype: Any) -> Job:
+    """A share of a pair's mean, which is read and written."""
+
+    def job(arrays: Arrays, size: Sizes) -> Made:
+        logits, out = arrays.floats(4, *size.working, dtype=dtype), arrays.zeros(4, *size.image)
+        whole = mean.Box(0, size.working[0], size.image, (0, 0, 0))
+
+        def run() -> Any:
+            mean.add_probabilities(out, logits, whole, activation="softmax", share=0.5)
+            return out
+
+        return run, logits.nbytes + 2 * out.nbytes
+
+    return job
+
+
 def clip(arrays: Arrays, size: Sizes) -> Made:
     image = arrays.image(*size.image)
     return lambda: normalize.clip_shift_scale(image, -958, 326, 82, 136), image.nbytes + 4 * image.size
@@ -244,6 +246,8 @@ KERNELS: dict[str, Job] = {
     "resample + paint, fp32": _fused(np.float32, paint=True),
     "resample + argmax, fp16": _fused(np.float16),
     "probabilities": probabilities,
+    "mean of a pair, fp32": _mean(np.float32),
+    "mean of a pair, fp16": _mean(np.float16),
     "clip and scale": clip,
     "mean and deviation": moments,
     "mean and deviation in a mask": masked_moments,
@@ -258,4 +262,3 @@ KERNELS: dict[str, Job] = {
     "outside of a mask": outside,
 }
 JOBS = {name: measure(job) for name, job in KERNELS.items()}
-CHECKS = {name: check_alone(job) for name, job in KERNELS.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from _gpu_setting import Arrays, Setting, Skip
 
-from segrt.device import get_xp, to_device, to_host
+from segrt.device import device_number, get_xp, to_device, to_host
 
 
 def identity(setting: Setting) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def identity(setting: Setting) -> dict[str, Any]:
         return {"name": "simulated"}
     import cupy
 
-    properties = cupy.cuda.runtime.getDeviceProperties(0)
+    properties = cupy.cuda.runtime.getDeviceProperties(device_number(setting.device))
     found = {
         "name": properties["name"].decode(),
         "capability": f"{properties['major']}.{properties['minor']}",

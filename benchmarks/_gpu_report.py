@@ -16,10 +16,12 @@ def summary(results: dict[str, Any]) -> str:
     lines += _table("kernel", results.get("kernels", {}), lambda job: _kernel(job, copy))
     lines += _table("engine", results.get("engines", {}), lambda job: _engine(job, matrix))
     lines += _table("whole case", results.get("case", {}), lambda job: _case(job, results["case"].get("nnunet", {})))
+    lines += _table("plans", results.get("plans", {}), lambda job: f"{job['seconds']:.0f} s" if "seconds" in job else "")
     lines += _table("repeats", results.get("repeats", {}), _repeats)
+    lines += _table("the same labels", results.get("same", {}), lambda job: "equal" if job.get("labels_that_differ") == 0 else "")
     checks = results.get("sanitizer", {})
     clean = [name for name, job in checks.items() if isinstance(job, dict) and "largest_error" in job]
-    lines.append(f"sanitizer: {checks.get('skipped') or checks.get('incomplete') or f'{len(clean)} kernels clean'}")
+    lines.append(f"sanitizer: {checks.get('skipped') or checks.get('incomplete') or f'{len(clean)} checks clean'}")
     return "\n".join(lines)
 
 

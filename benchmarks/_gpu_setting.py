@@ -102,7 +102,7 @@ def _wall_ms(function: Callable[[], Any]) -> float:
 
 def make_spec(patch: tuple[int, int, int], *, toy: bool) -> ModelSpec:
     """A full-resolution plan for AMOS with nnU-Net v2's defaults."""
-    features = (4, 8) if toy else (32, 64, 128, 256, 320, 320)
+    features = (8, 16) if toy else (32, 64, 128, 256, 320, 320)
     stages = len(features)
     network = UNetSpec(
         family="plain_unet",

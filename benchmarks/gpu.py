@@ -2,7 +2,8 @@
 
     PYTHONUNBUFFERED=1 python benchmarks/gpu.py           # results/gpu_<device>.json, a short table last
     python benchmarks/gpu.py --toy                        # the same lines on the simulated device at tiny sizes; nothing is written
-    python benchmarks/gpu.py --only kernels,case
+    python benchmarks/gpu.py --only kernels,case          # the other stages' results stay as they are
+    python benchmarks/gpu.py --only plans --work FOLDER   # TensorRT takes minutes to build: again until it says all of them, then the rest
     python benchmarks/gpu.py --second-python FILE         # another Python, for engines that the first one cannot import
 
 Needs torch for CUDA, CuPy, Numba with numba-cuda, scipy and scikit-image; onnxruntime-gpu, TensorRT and compute-sanitizer where they are
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,21 +33,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+from _gpu_machine import identity
 from _gpu_report import summary
 from _gpu_setting import Setting, Skip
-from _timer import environment, write_results
+from _timer import RESULTS, environment, write_results
 
 from segrt.device import compute_on, open_stream
 from segrt.engines import resolve_device
+from segrt.kernels._cuda.native import use_cuda_c
 
-# stage -> (module:jobs, seconds it may take)
+# stage -> (module:jobs, seconds it may take beside others; alone it may take all)
 STAGES = {
     "machine": ("_gpu_machine:JOBS", 45),
+    "plans": ("_gpu_engines:PLANS", 120),
     "kernels": ("_gpu_kernels:JOBS", 130),
     "case": ("_gpu_case:JOBS", 250),
     "engines": ("_gpu_engines:JOBS", 130),
     "repeats": ("_gpu_case:REPEATS", 45),
-    "sanitizer": ("_gpu_kernels:CHECKS", 90),
+    "same": ("_gpu_same:JOBS", 90),
+    "sanitizer": ("_gpu_checks:CHECKS", 120),
 }
 TOTAL_S = 525
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "99", "--print-limit", "5")
@@ -69,23 +75,43 @@ def main() -> None:
     if unknown:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     started = time.monotonic()
+    slug = re.sub(r"[^a-z0-9]+", "-", identity(Setting(device, args.toy, Path()))["name"].lower()).strip("-")
     results: dict[str, Any] = {}
     with kept_or_temporary(args.work) as folder:
-        for stage in args.only.split(","):
-            limit = min(STAGES[stage][1], TOTAL_S - (time.monotonic() - started))
+        stages = args.only.split(",")
+        for stage in stages:
+            left = TOTAL_S - (time.monotonic() - started)
+            # a toy run says whether jobs work, however busy the machine is
+            limit = math.inf if args.toy else left if len(stages) == 1 else min(STAGES[stage][1], left)
             begun = time.monotonic()
             results[stage] = run_stage(stage, args, folder, limit)
             results[stage]["stage_seconds"] = round(time.monotonic() - begun, 1)
             print(f"{stage}: {results[stage]['stage_seconds']} s", flush=True)
-            keep(results, toy=args.toy)
+            keep(results, slug, toy=args.toy)
     print(summary(results))
+    broken = [f"{stage}, {job}" for stage, jobs in results.items() for job, found in jobs.items() if is_broken(job, found)]
+    if args.toy and broken:
+        sys.exit(f"failed: {'; '.join(broken)}")
 
 
-def keep(results: dict[str, Any], *, toy: bool) -> None:
+def is_broken(job: str, found: Any) -> bool:
+    """Whether a job, or the process that jobs ran in, failed."""
+    return job == "incomplete" or (isinstance(found, dict) and "failed" in found)
+
+
+def keep(results: dict[str, Any], slug: str, *, toy: bool) -> None:
     """Write what there is; after every stage, so that a run that is cut short leaves something."""
-    identity = results.get("machine", {}).get("identity", {})
-    slug = re.sub(r"[^a-z0-9]+", "-", str(identity.get("name", "unknown")).lower()).strip("-")
-    write_results(f"gpu_{slug}", {**environment(), "summary": summary(results).splitlines(), **results}, toy=toy)
+    written = RESULTS / f"gpu_{slug}.json"
+    before = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+    write_results(f"gpu_{slug}", merged(before, results, environment()), toy=toy)
+
+
+def merged(before: dict[str, Any], results: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """The stages of this run in place of those written before, each with the commit and the versions that it was made with."""
+    earlier = {name: before[name] for name in ("versions", "commit") if name in before}
+    made = {stage: earlier for stage in STAGES if stage in before} | before.get("made", {}) | dict.fromkeys(results, environment)
+    stages = {stage: found for stage in STAGES if (found := results.get(stage, before.get(stage))) is not None}
+    return {**before, **environment, "made": made, **stages, "summary": summary(stages).splitlines()}
 
 
 # ------------------------------------------------------------------ the process that starts the others
@@ -125,7 +151,10 @@ def run_jobs(stage: str, args: argparse.Namespace, folder: Path, deadline: float
             return {"skipped": f"{SANITIZER[0]} is not on the PATH"}
         command = command if args.toy else [*SANITIZER, *command]
     while True:
-        code, errors = run_worker([*command, "--without", json.dumps(list(found))], deadline - time.monotonic(), folder / "errors")
+        # arrays of PyTorch in memory of their own, where the sanitizer sees a step beside one
+        extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if stage == "sanitizer" else {}
+        left = deadline - time.monotonic()
+        code, errors = run_worker([*command, "--without", json.dumps(list(found))], left, folder / "errors", os.environ | extra)
         found = read_log(folder / f"{stage}.jsonl") | {k: v for k, v in found.items() if "failed" in v}  # which the log does not undo
         running = next((name for name, result in found.items() if result == {"state": "started"}), None)
         if code == 0:
@@ -138,10 +167,10 @@ def run_jobs(stage: str, args: argparse.Namespace, folder: Path, deadline: float
         found[running] = {"failed": reason}
 
 
-def run_worker(command: list[str], limit: float, errors: Path) -> tuple[int | None, str]:
+def run_worker(command: list[str], limit: float, errors: Path, environment: Mapping[str, str]) -> tuple[int | None, str]:
     """(exit code, what it wrote to stderr); no exit code when it had to be stopped."""
     with errors.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
         try:
             code: int | None = process.wait(max(limit, 1))
         except subprocess.TimeoutExpired:
@@ -163,6 +192,7 @@ def read_log(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ a process that measures
 def work(stage: str, setting: Setting, without: set[str]) -> None:
     """Run the jobs of a stage in the stream that everything is timed in, and write each result down at once."""
+    use_cuda_c(os.environ.get("SEGRT_CUDA_C") == "1")  # as the commands do
     module, name = STAGES[stage][0].split(":")
     jobs = getattr(importlib.import_module(module), name)
     with (setting.work / f"{stage}.jsonl").open("a", buffering=1) as log, compute_on(setting.device, open_stream(setting.device)):

@@ -120,13 +120,13 @@ class _Bench:
     def _against_body(self, name: str, call: Callable[[], Any], moved: int) -> None:
         # blending adds to what is there, and two numbers are no array
         ours = None if name.startswith("blend") or name == "minimum and maximum" else call()
-        asked_for, native.available = native.available, lambda array: False
+        native.use_cuda_c(False)
         self._row(f"{name} thread body", call, moved)
         if ours is not None:
             body = call()
             worst = float(cupy.abs(body.astype(cupy.float32) - ours).max()) if body.dtype.kind == "f" else int((body != ours).sum())
             print(f"{name}: at full size, largest difference from the thread body (or labels that differ): {worst}", flush=True)
-        native.available = asked_for
+        native.use_cuda_c(True)
 
     def _row(self, name: str, call: Callable[[], Any], moved: int) -> None:
         ms, host = self._time(call)
@@ -160,6 +160,5 @@ class _Bench:
 
 
 if __name__ == "__main__":
-    # its subject is what SEGRT_CUDA_C asks for
-    native._ASKED_FOR = True
+    native.use_cuda_c(True)
     main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -44,11 +43,6 @@ def _on_simulated(name: str) -> Any:
 
 # all that stages and kernels ask of CuPy: memory; arithmetic is done by our kernels
 _SIMULATED_XP = SimpleNamespace(**{name: _on_simulated(name) for name in ("asarray", "ascontiguousarray", "empty", "full", "zeros")})
-
-
-def asked_for(variable: str) -> bool:
-    """Whether an environment variable is set to 1: how kernels that are on trial are switched on."""
-    return os.environ.get(variable) == "1"
 
 
 def get_xp(array: Any) -> Any:

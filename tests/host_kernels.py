@@ -1,6 +1,6 @@
 """CUDA C compiled as C++ and run thread by thread on the host, reads through `fetch` checked: what it computes is tested without a GPU.
 
-Threads run one after the other; where they wait for each other, those of a block are threads of the host.
+Threads run one after the other; where they wait for each other, those of a block are threads of the host. `RawModule` stands in for CuPy's.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from segrt.kernels._cuda import native
 
@@ -35,6 +35,8 @@ using std::max;
 #define __restrict__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __shared__ static
+#define __syncthreads() BARRIER()
 #define HOLD(kind, value)
 struct Index { int x, y, z; };
 static thread_local Index blockIdx, threadIdx;
@@ -45,8 +47,18 @@ static float shared_memory[1 << 14];
 #define BARRIER() pthread_barrier_wait(&barrier)
 static double __dmul_rn(double a, double b) { return a * b; }
 static double __dadd_rn(double a, double b) { return a + b; }
+template <class To, class From> static To same_bits(From from) { To to; __builtin_memcpy(&to, &from, sizeof to); return to; }
+static float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
+static float from_half(unsigned short bits) { return (float)same_bits<_Float16>(bits); }
+static unsigned short to_half(float value) { return same_bits<unsigned short>((_Float16)value); }
+static unsigned short to_bfloat16(float value) {
+    const unsigned bits = same_bits<unsigned>(value);
+    return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+#ifndef KIND
 static float widen(float value) { return value; }
-static float widen(unsigned short bits) { _Float16 half; __builtin_memcpy(&half, &bits, 2); return (float)half; }
+static float widen(unsigned short bits) { return from_half(bits); }
+#endif
 static double round_half(double value) { return (double)(_Float16)value; }
 static const char *first_byte, *last_byte;
 static long outside;
@@ -94,29 +106,45 @@ def compiler() -> str | None:
 
 def run_on_host(call: native.Call) -> None:
     """Run a call on arrays that lie on the host; none of its reads of logits may leave them."""
-    library = _library(call.source, call.options, call.kernel)
+    library = _library(native.source_text(call.source), tuple(f"-D{name}={value}" for name, value in call.options), (call.kernel,))
     guarded = max((a for a in call.arguments if isinstance(a, np.ndarray)), key=lambda a: a.ndim)
     start, stop = np.lib.array_utils.byte_bounds(np.asarray(guarded))
     library.guard(ctypes.c_void_p(start), ctypes.c_long(stop - start))
-    sizes = ((ctypes.c_int * 3)(*s, *(1,) * (3 - len(s))) for s in (call.grid, call.block))
-    run = ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(library, f"run_{call.kernel}").value)
-    run.argtypes = None
-    run(ctypes.c_int(call.shared > 0), *sizes, *(_argument(a) for a in call.arguments))
+    _run(library, call.kernel, call.shared > 0, call.grid, call.block, call.arguments)
     assert library.strays() == 0
+
+
+class RawModule:
+    """What `cupy.RawModule` is on a GPU, for memory of the host; threads of a block run at the same time."""
+
+    def __init__(self, code: str, options: tuple[str, ...]) -> None:
+        names = re.findall(r'^extern "C" __global__ void (\w+)\(', code, re.MULTILINE)
+        self._library = _library(code, tuple(option for option in options if option.startswith("-D")), tuple(names))
+
+    def get_function(self, name: str) -> Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]:
+        """One kernel, to be called with grid, block and arguments."""
+        return lambda grid, block, arguments: _run(self._library, name, True, grid, block, arguments)
+
+
+def _run(library: Any, kernel: str, waiting: bool, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    sizes = ((ctypes.c_int * 3)(*s, *(1,) * (3 - len(s))) for s in (grid, block))
+    run = ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(library, f"run_{kernel}").value)
+    run.argtypes = None
+    run(ctypes.c_int(waiting), *sizes, *(_argument(a) for a in arguments))
 
 
 def _argument(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return ctypes.c_void_p(value.ctypes.data)
-    return _TYPES[value.dtype.str[1:]](value)
+    return ctypes.c_void_p(value) if isinstance(value, int) else _TYPES[value.dtype.str[1:]](value)
 
 
 @cache
-def _library(source: str, options: tuple[tuple[str, int], ...], kernel: str) -> Any:
+def _library(source: str, defines: tuple[str, ...], kernels: tuple[str, ...]) -> Any:
     folder = Path(tempfile.mkdtemp())
-    text = _SHIM + native.source_text(source) + f'\nextern "C" void* run_{kernel}; void* run_{kernel} = (void*)&Runner<{kernel}>::run;\n'
+    runners = (f'extern "C" void* run_{name}; void* run_{name} = (void*)&Runner<{name}>::run;\n' for name in kernels)
+    text = _SHIM + source + "\n" + "".join(runners)
     (folder / "host.cpp").write_text(text)
-    defines = [f"-D{name}={value}" for name, value in options]
     command = [
         compiler(),
         "-std=c++17",
@@ -135,22 +163,3 @@ def _library(source: str, options: tuple[tuple[str, int], ...], kernel: str) -> 
     library = ctypes.CDLL(str(folder / "host.so"))
     library.strays.restype = ctypes.c_long
     return library
-
-
-def spills(source: str, defines: dict[str, int], generation: int, folder: Path) -> dict[str, int]:
-    """Bytes of registers that every kernel of a source spills on one generation of GPUs; skips where nothing compiles CUDA C."""
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
-    if shutil.which("ptxas") is None:
-        pytest.skip("there is no ptxas")
-    options = [f"-arch=compute_{generation}".encode(), b"-std=c++17", *(f"-D{k}={v}".encode() for k, v in defines.items())]
-    _, program = nvrtc.nvrtcCreateProgram(native.source_text(source).encode(), source.encode(), 0, [], [])
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS
-    ptx = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
-    nvrtc.nvrtcGetPTX(program, ptx)
-    (folder / "ptx").write_bytes(ptx.rstrip(b"\0"))
-    command = ["ptxas", "-v", f"-arch=sm_{generation}", "-o", str(folder / "cubin"), str(folder / "ptx")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr, re.DOTALL)
-    return {name: int(stores) + int(loads) for name, stores, loads in found}

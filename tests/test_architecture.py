@@ -166,6 +166,14 @@ def test_kernels_know_no_spec_and_no_file() -> None:
             assert {_top(m) for m in found}.isdisjoint({"pathlib", "os", "io", "SimpleITK", "pydantic"}), module
 
 
+def test_the_environment_is_read_by_commands_alone() -> None:
+    passes_it_on = {"segrt.export.calibrate", "segrt.serving.server"}  # whole, to a process of its own
+    for module, path in MODULES.items():
+        if part(module) != "cli" and module not in passes_it_on:
+            used = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)}
+            assert used.isdisjoint({"os.environ", "os.getenv", "os.environb"}), f"{module} reads the environment; take an argument"
+
+
 def test_public_names_are_pinned() -> None:
     assert set(segrt.__all__) == PUBLIC
     assert set(dir(segrt)) == PUBLIC

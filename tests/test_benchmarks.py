@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +27,70 @@ def test_benchmark_runs_at_toy_size(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {p: p.read_bytes() for p in (ROOT / "benchmarks" / "results").glob("*.json")} == before, "a toy run leaves results alone"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module benchmarks/gpu.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_stages_of_a_gpu_run_leave_those_of_earlier_runs_as_they_are(gpu: Any) -> None:
+    first, second = ({"commit": commit, "versions": {"torch": torch}} for commit, torch in (("a", "2.11"), ("b", "2.13")))
+    machine = {"identity": {"name": "NVIDIA H200"}, "copy": {"bytes_per_s": 4e12}, "matrix": {"flop_per_s": {"fp16": 7e14}}}
+    written = gpu.merged({}, {"machine": machine, "kernels": {"argmax": {"median_ms": 1.0, "bytes_per_s": 2e12}}}, first)
+    again = gpu.merged(json.loads(json.dumps(written)), {"kernels": {"argmax": {"median_ms": 0.5, "bytes_per_s": 4e12}}}, second)
+    assert again["machine"] == machine
+    assert again["kernels"]["argmax"]["median_ms"] == 0.5
+    assert again["made"] == {"machine": first, "kernels": second}
+    assert any("100 %" in line for line in again["summary"]), "of the copy that was measured before"
+    # files of before had one commit for all
+    old = {**written, **first}
+    del old["made"]
+    assert gpu.merged(old, {"case": {}}, second)["made"] == {"machine": first, "kernels": first, "case": second}
+
+
+def test_plans_are_built_before_anything_needs_them(gpu: Any) -> None:
+    stages = list(gpu.STAGES)
+    assert stages.index("plans") < min(stages.index(stage) for stage in ("case", "engines", "repeats"))
+
+
+@pytest.mark.parametrize("script", ["gpu_variants", "make_tensorrt86"])
+def test_what_needs_more_than_a_cpu_says_how_it_is_used(script: str) -> None:
+    if script == "gpu_variants":
+        pytest.importorskip("cupy", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--help"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"python benchmarks/{script}.py" in done.stdout
+
+
+def test_every_form_that_is_tried_is_one_of_a_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    variants = importlib.import_module("gpu_variants")
+    for tuning, names, options, settings in variants.FORMS.values():
+        assert set(names) <= variants.KERNELS.keys()
+        assert set(options) <= tuning.keys()
+        assert {len(values) for values in settings} == {len(options)}
+        assert tuple(tuning[option] for option in options) in settings, "the form in use is among them"
+
+
+def test_a_library_stands_in_for_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("gcc") is None or shutil.which("nm") is None:
+        pytest.skip("needs gcc and nm")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    make = importlib.import_module("make_tensorrt86")
+    library = tmp_path / "libcudnn.so.8"
+    make.stand_in(library, ["cudnnCreate", "cudnnGetErrorString", "cudnnBatchNormalizationForwardInference"])
+    there = ctypes.CDLL(str(library))
+    there.cudnnGetErrorString.restype = ctypes.c_char_p
+    assert (there.cudnnCreate(), there.cudnnGetErrorString(1), there.cudnnBatchNormalizationForwardInference()) == (0, b"no cuDNN", 1)
+    # a plugin library that asks for these, as the linker records it
+    source = tmp_path / "plugin.c"
+    source.write_text("int cudnnCreate(void); int plugin(void) { return cudnnCreate(); }")
+    plugin = tmp_path / "libplugin.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(plugin), str(library)], check=True)
+    assert make.missing(plugin) == {"libcudnn.so.8": ["cudnnCreate"]}

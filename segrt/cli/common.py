@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,14 @@ def run(app: Callable[[], object]) -> None:
         # a name the terminal cannot show is no reason to lose the summary of a finished run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("SEGRT_CUDA_C") == "1":  # kernels on trial; see docs/gpu.md
+        from ..kernels._cuda.native import use_cuda_c
+
+        use_cuda_c(True)
+    if os.environ.get("SEGRT_TORCH_COMPILE") == "1":
+        from ..engines.pytorch import use_compile
+
+        use_compile(True)
     try:
         app()
     except SegrtError as err:

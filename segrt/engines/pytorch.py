@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arrays import Array, FloatArray, require
 from ..bundle import Bundle
-from ..device import asked_for, device_number, on_device, use_device
+from ..device import device_number, on_device, use_device
 from ..errors import BackendError
 from ..spec import NetworkSpec, OnnxNetwork
 from .batches import gpu_batch, in_batches, smaller_batch_after_memory_error
@@ -146,6 +146,15 @@ class TorchEngine:
             yield
 
 
+_compile = False
+
+
+def use_compile(wanted: bool) -> None:
+    """Have torch.compile fuse the networks that are opened on a GPU from now on; the commands do for SEGRT_TORCH_COMPILE=1."""
+    global _compile
+    _compile = wanted
+
+
 def open_member(bundle: Bundle, member: str, precision: str, threads: int, device: str) -> TorchEngine:
     """Build the network of the spec and load a member's weights.
 
@@ -169,7 +178,7 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
     network = _load(bundle, member, spec.network)
     batch = 1 if device == "cpu" else gpu_batch(spec.inference.patch)
     # on trial: of the networks our kernels know it was the slower one, with more than twice the memory, and of others nobody knows
-    compiled = device != "cpu" and asked_for("SEGRT_TORCH_COMPILE")
+    compiled = device != "cpu" and _compile
     how: dict[str, Any] = {"precision": precision, "batch": batch, "device": device, "compiled": compiled}
     return TorchEngine(network, classes=spec.classes, dimensions=spec.dimensions, **how)
 

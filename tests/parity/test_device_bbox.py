@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -87,6 +87,16 @@ def test_only_part_of_an_array_is_filled():
 @pytest.mark.parametrize("shape", [(5, 6, 7), (1, 4, 9), (3, 1, 1)])
 def test_under_the_cuda_simulator(shape):
     data = sparse(np.random.default_rng(4), 2, shape, "float32", 0.45)
+    with cuda_simulator():
+        box, mask = nonzero_bbox(to_device(data, "simulated")), nonzero_mask(to_device(data, "simulated"))
+    assert box == nonzero_bbox(data)
+    np.testing.assert_array_equal(to_host(mask), nonzero_mask(data))
+
+
+@settings(max_examples=5)
+@given(st.tuples(*[st.integers(1, 5)] * 3), st.sampled_from(DTYPES), st.sampled_from([0.1, 0.8]), st.integers(0, 99))
+def test_any_shape_under_the_cuda_simulator(shape, dtype, density, seed):
+    data = sparse(np.random.default_rng(seed), 1, shape, dtype, density)
     with cuda_simulator():
         box, mask = nonzero_bbox(to_device(data, "simulated")), nonzero_mask(to_device(data, "simulated"))
     assert box == nonzero_bbox(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segrt.device import Simulated, get_xp, to_device, to_host
@@ -132,6 +132,18 @@ def test_windows_are_blended(patch, room, classes, dtype, count, batch, seed):
 def test_blend_in_the_cuda_simulator(dtype):
     with cuda_simulator():
         check_blend(np.random.default_rng(1), (5, 6, 7), 5, (3, 2, 4), dtype, 3, 2)
+
+
+tiny = st.tuples(*[st.integers(1, 3)] * 3)
+
+
+@settings(max_examples=5)
+@given(tiny, tiny, tiny, st.sampled_from([np.float32, np.float16]), seeds)
+def test_any_shape_in_the_cuda_simulator(patch, room, low, dtype, seed):
+    rng = np.random.default_rng(seed)
+    with cuda_simulator():
+        check_gather(rng, room, 2, patch, low, 2)
+        check_blend(rng, [p + n for p, n in zip(patch, room, strict=True)], 2, patch, dtype, 2, 2)
 
 
 def test_sums_do_not_depend_on_how_windows_are_batched():

@@ -383,6 +383,17 @@ def test_under_the_cuda_simulator(labels):
     np.testing.assert_array_equal(to_host(filled), expected_holes(labels, 1))
 
 
+@settings(max_examples=5)
+@given(st.tuples(*[st.integers(1, 5)] * 3), st.sampled_from([0.3, 0.6, 0.9]), st.integers(0, 99))
+def test_any_shape_under_the_cuda_simulator(shape, density, seed):
+    labels = noise(shape, density, seed, values=4)
+    device = to_device(labels, "simulated")
+    with cuda_simulator():
+        kept, filled = keep_components(device, RULES), fill_holes(device, 1)
+    np.testing.assert_array_equal(to_host(kept), expected_rules(labels, RULES))
+    np.testing.assert_array_equal(to_host(filled), expected_holes(labels, 1))
+
+
 # ------------------------------------------------------------------ the forest under any interleaving
 class Turns:
     """Threads that run one at a time; which one goes on is drawn anew at every access to memory."""

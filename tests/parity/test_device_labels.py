@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from segrt.device import Simulated, get_xp, to_device, to_host
@@ -119,6 +119,18 @@ def test_labels_in_the_cuda_simulator(dtype, separate):
                 check(argmax.resample_paint, stack, ((4, 5, 3), values, 0.5), options, seed)
             check(argmax.argmax, stack, (values,), {}, seed)
             check(argmax.paint, stack, (values, 0.5), {}, seed)
+
+
+tiny = st.tuples(*[st.integers(1, 3)] * 3)
+
+
+@settings(max_examples=5)
+@given(tiny, tiny, axes, st.booleans(), dtypes, st.booleans(), seeds)
+def test_any_shape_in_the_cuda_simulator(shape, new, separate, round16, dtype, integers, seed):
+    stack = logits(3, shape, seed, dtype, integers=integers)
+    with cuda_simulator():
+        for function, args in ((argmax.resample_argmax, ((1, 2, 3),)), (argmax.resample_paint, ((1, 2, 3), 0.5))):
+            check(function, stack, (new, *args), {"separate": separate, "round16": round16}, seed)
 
 
 def check_probabilities(stack, new, kind, separate, round16, seed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segrt.device import on_device, to_device, to_host
@@ -106,6 +106,20 @@ def test_nothing_to_measure_is_an_error(size):
     if size == 0:
         with pytest.raises(InputError, match="minmax: the array is empty"):
             normalize.minmax(device)
+
+
+@settings(max_examples=5)
+@given(st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 31, 32, 33])), DTYPES, SEEDS)
+def test_any_shape_in_the_cuda_simulator(shape, dtype, seed):
+    host, device = image(shape, seed, dtype)
+    mask, mask_there = chosen(host, seed)
+    with cuda_simulator():
+        clipped, inside = normalize.clip_shift_scale(device, -50, 80, 3, 7), normalize.standardize(device, mask_there, 3, 7)
+        numbers = normalize.mean_std(device), normalize.minmax(device)
+    np.testing.assert_array_equal(to_host(clipped), normalize.clip_shift_scale(host, -50, 80, 3, 7))
+    np.testing.assert_array_equal(to_host(inside), normalize.standardize(host, mask, 3, 7))
+    # float64 sums in another order
+    np.testing.assert_allclose(numbers, (normalize.mean_std(host), normalize.minmax(host)), rtol=1e-12, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -239,6 +239,22 @@ def test_images_in_the_cuda_simulator(rule, dtype):
         with cuda_simulator():
             result = resample.resize(device, new, **rule)
         np.testing.assert_allclose(to_host(result), resample.resize(host, new, **rule), rtol=0, atol=TOLERANCE * np.abs(host).max())
+
+
+tiny = st.tuples(*[st.integers(1, 4)] * 3)
+
+
+@settings(max_examples=5)
+@given(tiny, tiny, ORDERS, AXES, ORDERS, IMAGES, SEEDS)
+def test_any_shape_in_the_cuda_simulator(shape, new, order, separate, order_z, dtype, seed):
+    host, device = image(shape, seed, dtype)
+    rule = {"order": order, "separate": separate, "order_z": order_z}
+    labels, labels_there = label_map(shape, seed, np.uint8)
+    with cuda_simulator():
+        result = resample.resize(device, new, **rule)
+        resized = resample.resize_labels(labels_there, new, order=min(order, 1), separate=separate)
+    np.testing.assert_allclose(to_host(result), resample.resize(host, new, **rule), rtol=0, atol=TOLERANCE * np.abs(host).max())
+    np.testing.assert_array_equal(to_host(resized), resample.resize_labels(labels, new, order=min(order, 1), separate=separate))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])

@@ -11,7 +11,8 @@ from segrt.device import to_device, to_host
 from segrt.kernels import _spline, resample
 from segrt.kernels._cuda import splines
 from segrt.kernels._cuda.normalize import PLAIN
-from tests.host_kernels import compiler, run_on_host, spills
+from tests.cuda_sources import GENERATIONS, Compiled, compiled
+from tests.host_kernels import compiler, run_on_host
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -94,8 +95,8 @@ def test_extremes(shape, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", [80, 90, 120])
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("integers", [0, 1])
-def test_the_source_compiles_without_spilling(tmp_path, generation, integers):
-    spilled = spills("spline", {**splines.TUNING, "INTEGER": integers}, generation, tmp_path)
-    assert spilled == dict.fromkeys(("along_lines", "along_rows", "extremes", "fold_extremes", "linear"), 0)
+def test_the_source_compiles_without_spilling_or_doubles(generation, integers):
+    kernels = compiled("spline", {**splines.TUNING, "INTEGER": integers}, generation)
+    assert kernels == dict.fromkeys(("along_lines", "along_rows", "extremes", "fold_extremes", "linear"), Compiled(0, False))

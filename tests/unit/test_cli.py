@@ -18,10 +18,12 @@ from factories import banded, make_bundle, make_spec, unet_bundle, write_case
 
 from segrt import Predictor
 from segrt.cli import build as build_command
+from segrt.cli import common
 from segrt.cli import predict as predict_command
 from segrt.cli.common import comma_list, gigabytes
 from segrt.export.engine import build_engine
 from segrt.io import read_labels
+from segrt.kernels._cuda import native
 from segrt.spec import KeepLargest, PreviousStage, SpacingTarget
 
 IMAGES = {name: banded((9, 10, 11), seed=seed) for seed, name in enumerate(("a", "b", "c"))}
@@ -364,3 +366,16 @@ def test_lists_and_sizes() -> None:
     assert comma_list(None) is None
     assert comma_list("0, 1,,2 ") == ("0", "1", "2")
     assert gigabytes(1_234_000_000) == "1.23 GB"
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("1", True), ("0", False), (None, False)])
+def test_kernels_on_trial_are_used_when_the_environment_asks_for_them(
+    value: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SEGRT_CUDA_C", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SEGRT_CUDA_C", value)
+    monkeypatch.setattr(native, "_asked_for", False)  # put back at the end
+    found: list[bool] = []
+    common.run(lambda: found.append(native.available(np.zeros(1))))
+    assert found == [wanted]

@@ -24,8 +24,9 @@ from factories import UNET_2D, UNET_3D, unet_bundle
 
 from segrt.arrays import FloatArray, require
 from segrt.bundle import Bundle
+from segrt.cli.common import run
 from segrt.device import Simulated, to_device, to_host
-from segrt.engines import _finds_gpu, _open_first, open_engine, resolve_device, rtx
+from segrt.engines import _finds_gpu, _open_first, open_engine, pytorch, resolve_device, rtx
 from segrt.engines.batches import gpu_batch, in_batches
 from segrt.engines.onnxrt import _cuda_provider, check_cuda_provider, runtime_errors
 from segrt.engines.pytorch import TorchEngine
@@ -180,8 +181,10 @@ def test_normalisation_keeps_float32_in_a_network_of_half_precision(dimensions: 
 
 
 @torch_itself_warns
-def test_torch_compile_is_switched_on_by_the_environment(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_is_switched_on_by_the_environment_of_a_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytorch, "_compile", False)  # put back at the end
     monkeypatch.setenv("SEGRT_TORCH_COMPILE", "1")
+    run(lambda: None)
     assert open_engine(bundle, "0", backend="pytorch", device="simulated").name == "pytorch, simulated, fp32, compiled"
     assert open_engine(bundle, "0", backend="pytorch").name == "pytorch, cpu, fp32", "not where it is the reference"
 

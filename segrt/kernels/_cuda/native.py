@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from ...arrays import require
-from ...device import Simulated, asked_for
+from ...device import Simulated
 
 THREADS = 256
 MOST_BLOCKS = 65535  # along y and z
@@ -34,13 +34,19 @@ class Call:
 
 
 # These kernels equal the thread bodies where they run as C++ on a CPU, and compile for every generation; no GPU has run them yet. Until one
-# has, the thread bodies, which one has, do the work unless SEGRT_CUDA_C=1 asks for these.
-_ASKED_FOR = asked_for("SEGRT_CUDA_C")
+# has, the thread bodies, which one has, do the work unless somebody asks for these: the commands do for SEGRT_CUDA_C=1.
+_asked_for = False
+
+
+def use_cuda_c(wanted: bool) -> None:
+    """Have CUDA C do the work of this process from now on, or the thread bodies again."""
+    global _asked_for
+    _asked_for = wanted
 
 
 def available(array: Any) -> bool:
     """Whether an array's work goes to CUDA C: it lies on a GPU, and it was asked for."""
-    return _ASKED_FOR and not isinstance(array, Simulated)
+    return _asked_for and not isinstance(array, Simulated)
 
 
 def run(call: Call | None) -> bool:

@@ -31,27 +31,35 @@ typedef unsigned short Logit;
 typedef float Logit;
 #endif
 
-#if KIND == 0
-__device__ float widen(float value) { return value; }
-__device__ float narrow(float value) { return value; }
-#elif KIND == 1
-__device__ float widen(unsigned short bits) {
+#ifndef HOST  // a C++ compiler brings its own
+__device__ float from_half(unsigned short bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
-__device__ unsigned short narrow(float value) {
+__device__ unsigned short to_half(float value) {
     unsigned short bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
-#else
-__device__ float widen(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
-__device__ unsigned short narrow(float value) {
+#if KIND == 2  // no instruction of GPUs before Ampere
+__device__ unsigned short to_bfloat16(float value) {
     unsigned short bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
+#endif
+#endif
+
+#if KIND == 0
+__device__ float widen(float value) { return value; }
+__device__ float narrow(float value) { return value; }
+#elif KIND == 1
+__device__ float widen(unsigned short bits) { return from_half(bits); }
+__device__ unsigned short narrow(float value) { return to_half(value); }
+#else
+__device__ float widen(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+__device__ unsigned short narrow(float value) { return to_bfloat16(value); }
 #endif
 
 // grid (parts, windows); sums (windows, parts, 2, channels): of the distance from the window's first voxel, and of its square
@@ -166,7 +174,7 @@ extern "C" __global__ void join(const Vector* below, const float* bias, const Ve
     }
 }
 
-__device__ void store(unsigned short* out, float value) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(*out) : "f"(value)); }
+__device__ void store(unsigned short* out, float value) { *out = to_half(value); }
 __device__ void store(float* out, float value) { *out = value; }
 
 // grid (parts, windows); channels come first: out (windows, channels, voxels), float16 for float16 and float32 for the others

@@ -1,0 +1,118 @@
+"""Stage of `gpu.py`: ways through a case that have to end in the same labels, several engines, slab by slab, with half the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from _gpu_case import case, predictor_of
+from _gpu_engines import open_torch
+from _gpu_setting import Setting, Skip
+
+from segrt.assemble import Flow, assemble
+from segrt.device import to_device, to_host
+from segrt.engines import Engine
+from segrt.engines.compose import Spread
+from segrt.infer import infer
+from segrt.preprocess import preprocess
+from segrt.volume import Grid, Volume
+
+_BATCH = 4
+
+
+class Cramped:
+    """An engine that says that memory ran out when it is given more than half of its batch."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.name, self.device, self.batch, self.held_bytes = f"{engine.name}, cramped", engine.device, engine.batch, engine.held_bytes
+
+    def __call__(self, patches: Any) -> Any:
+        if len(patches) > self._engine.batch // 2:
+            raise MemoryError("no room for these windows")
+        return self._engine(patches)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def labels_by(setting: Setting, engine: Engine) -> np.ndarray:
+    with predictor_of(setting, engine) as predictor:
+        return predictor(case(setting, setting.small, "small")).labels
+
+
+def several(count: int) -> Callable[[Setting], dict[str, Any]]:
+    """The windows of a case over several copies of the network, each in a thread and a stream of its own."""
+
+    def run(setting: Setting) -> dict[str, Any]:
+        expected = labels_by(setting, open_torch(setting, "fp16", 1))
+        found = labels_by(setting, Spread([open_torch(setting, "fp16", 1) for _ in range(count)]))
+        return _equal(expected, found) | {"engines": count}
+
+    return run
+
+
+def by_slab(setting: Setting) -> dict[str, Any]:
+    """Logits of one start along z at a time, as for an image whose logits do not fit, against all at once."""
+    image, spacing = case(setting, setting.small, "small")
+    spec, engine = setting.bundle.spec, open_torch(setting, "fp16", _BATCH)
+    volume = Volume(to_device(image[None], setting.device), Grid(image.shape, spacing))
+    labels, counts = [], []
+    for starts in (None, 1):
+        data, placement = preprocess(volume, spec)
+        planes = list_counted(infer(data, [engine], spec, starts_per_slab=starts), counts)
+        labels.append(to_host(assemble([Flow(planes, placement, spec)], probabilities=False)[0]))
+    assert counts[0] == 1 < counts[1], counts
+    engine.close()
+    return _equal(*labels) | {"slabs": counts[1]}
+
+
+def list_counted(planes: Any, counts: list[int]) -> Any:
+    """Give the planes on, and note how many slabs they came in."""
+    counts.append(0)
+    for part in planes:
+        counts[-1] += 1
+        yield part
+
+
+def told(setting: Setting) -> dict[str, Any]:
+    """An engine that refuses its own batch, against one of half the batch."""
+    expected = labels_by(setting, open_torch(setting, "fp16", _BATCH))
+    return _equal(expected, labels_by(setting, Cramped(open_torch(setting, "fp16", _BATCH))))
+
+
+def out_of_memory(setting: Setting) -> dict[str, Any]:
+    """PyTorch with less memory than its batch takes, against the batch that it came down to."""
+    if not setting.on_gpu:
+        raise Skip("the memory of a host is not capped")
+    import torch
+
+    largest = 4 * _BATCH
+    labels_by(setting, open_torch(setting, "fp16", largest))
+    peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
+        engine = open_torch(setting, "fp16", largest)
+        found = labels_by(setting, engine)
+        assert engine.batch < largest, "memory did not run out"
+        expected = labels_by(setting, open_torch(setting, "fp16", engine.batch))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return _equal(expected, found) | {"batch": largest, "came_down_to": engine.batch}
+
+
+def _equal(expected: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    differing = int((expected != found).sum())
+    assert not differing, f"{differing} of {found.size} labels differ"
+    return {"labels_that_differ": differing, "labels_used": len(np.unique(found))}
+
+
+JOBS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "two engines": several(2),
+    "three engines": several(3),
+    "by slab": by_slab,
+    "half the batch, told": told,
+    "half the batch, out of memory": out_of_memory,
+}
