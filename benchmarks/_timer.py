@@ -80,16 +80,18 @@ def write_results(name: str, results: Mapping[str, Any], *, toy: bool = False) -
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, usable cores, memory, load at the time of writing."""
-    model = platform.processor()
+    """CPU model and its widest vectors, usable cores, memory, load at the time of writing."""
+    model, vectors = platform.processor(), None
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
+        values = dict(line.replace("\t", "").split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        model = values.get("model name", model).strip()
+        flags = values.get("flags", "").split()
+        vectors = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cpu": model, "cores": cores, "memory_bytes": memory, "load_1min": load, "system": platform.platform()}
+    return {"cpu": model, "vectors": vectors, "cores": cores, "memory_bytes": memory, "load_1min": load, "system": platform.platform()}
 
 
 def versions() -> dict[str, str]:
