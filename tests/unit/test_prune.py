@@ -344,6 +344,16 @@ def test_cases_that_are_gone_cost_the_scores_and_not_the_levels(run: Callable[..
     assert (refused.code, "is gone; name folders with --images and --labels" in refused.err) == (2, True)
 
 
+def test_a_training_on_all_cases_costs_the_scores_and_not_the_levels(run: Callable[..., Answer], caplog: pytest.LogCaptureFixture) -> None:
+    Path("bundle/reports/validation.json").write_text(json.dumps({"mask_threshold": 0, "members": {"all": []}}))
+    answer = run(build_command.main, "bundle", "--prune", "L1", "--backend", "onnxruntime")
+    assert answer.code == 0, answer.err
+    assert "levels are built without scores" in caplog.text
+    assert "the training held no case back" in caplog.text
+    assert "no Dice, and so no recommendation" in answer.out
+    assert json.loads(Path("bundle/reports/prune.json").read_text())["recommended"] is None
+
+
 @pytest.mark.parametrize("bias", [-9, 9])
 def test_cases_without_any_structure_say_so(run: Callable[..., Answer], bias: float) -> None:
     weights = load_file("bundle/weights/0.safetensors")
