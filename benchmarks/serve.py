@@ -3,7 +3,7 @@
     python benchmarks/serve.py [--golden FOLDER] [--soak 300] [--requests 1000] [--toy]
 
 The whole CT of golden set S2 is segmented in this process and by the server in turn; crops of it make the load. Every answer is compared
-with the Predictor's, byte by byte. About a quarter of an hour on two idle cores.
+with the Predictor's, byte by byte; what must hold is judged under `criteria`. About a quarter of an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from _serving import CORRECT, growth, judge, put_under_load, watching
 from _timer import environment, write_results
 
 from segrt.bundle import Bundle
@@ -58,23 +57,6 @@ class Size:
     concurrency: tuple[int, ...] = CONCURRENCY
 
 
-@dataclass
-class Load:
-    """What clients saw."""
-
-    seconds: list[float] = field(default_factory=list)
-    wrong: int = 0
-    errors: list[str] = field(default_factory=list)
-    wall_s: float = 0.0
-
-    def figures(self) -> dict[str, Any]:
-        """What is written of it."""
-        p50, p99 = (float(np.percentile(self.seconds, share)) for share in (50, 99))
-        found = {"requests": len(self.seconds), "cases_per_s": len(self.seconds) / self.wall_s, "p50_s": p50, "p99_s": p99}
-        what = {"max_s": max(self.seconds), "wrong": self.wrong, "errors": len(self.errors)}
-        return found | what | {"first_error": next(iter(self.errors), None)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", type=Path, default=ROOT.parent / "shared" / "golden", help="folder of the golden sets")
@@ -94,8 +76,11 @@ def main() -> None:
         write_triton(bundle, Path(folder) / "repository", name=MODEL, device="cpu")
         with Predictor(bundle, device="cpu") as predictor, Server(Path(folder) / "repository", ServerOptions(log_level="error")) as server:
             results = run(server, predictor, image, size)
+    results["criteria"] = judge(results)
     print(results)
     write_results("serve", results | environment(), toy=options.toy)
+    for criterion in CORRECT:
+        assert results["criteria"][criterion], f"not so: {criterion}"
 
 
 def run(server: Server, predictor: Predictor, image: Any, size: Size) -> dict[str, Any]:
@@ -140,25 +125,25 @@ def level(server: Server, model: str, image: Any, expected: Any, clients: int, s
     """Figures of `clients` at once for some seconds, and how many windows' requests the patch model ran in how many executions."""
     counters = ("nv_inference_request_success", "nv_inference_count", "nv_inference_exec_count")
     before = [_patch_metric(server, name) for name in counters]
-    load = _load(server, model, image, expected, clients, until_s=seconds)
+    load = put_under_load(server, model, image, expected, clients, until_s=seconds)
     requests, windows, executions = (_patch_metric(server, name) - count for name, count in zip(counters, before, strict=True))
     return load.figures() | {"patch_requests": requests, "patch_windows": windows, "patch_executions": executions}
 
 
 def soak(server: Server, image: Any, expected: Any, seconds: float) -> dict[str, Any]:
     """Four clients for minutes, two on each way through the server."""
-    with _watching(server) as used, ThreadPoolExecutor(2) as pool:
+    with watching(server) as used, ThreadPoolExecutor(2) as pool:
         models = (MODEL, f"{MODEL}_bls")
-        loads = [pool.submit(_load, server, model, image, expected, 2, until_s=seconds) for model in models]
+        loads = [pool.submit(put_under_load, server, model, image, expected, 2, until_s=seconds) for model in models]
         found = {model: load.result().figures() for model, load in zip(models, loads, strict=True)}
-    return found | _growth(used)
+    return found | growth(used)
 
 
 def memory(server: Server, image: Any, expected: Any, requests: int) -> dict[str, Any]:
     """Memory of the server and its models over many requests of one client."""
-    with _watching(server) as used:
-        load = _load(server, MODEL, image, expected, 1, count=requests)
-    return load.figures() | _growth(used)
+    with watching(server) as used:
+        load = put_under_load(server, MODEL, image, expected, 1, count=requests)
+    return load.figures() | growth(used)
 
 
 def killed(server: Server, image: Any, expected: Any) -> dict[str, Any]:
@@ -167,87 +152,12 @@ def killed(server: Server, image: Any, expected: Any) -> dict[str, Any]:
     with RemotePredictor(server.grpc, MODEL, connection=Connection(retries=20)) as remote:
         os.kill(process, signal.SIGKILL)
         start = time.perf_counter()
-        labels = remote(image).labels
-    took = time.perf_counter() - start
-    assert np.array_equal(labels, expected), "labels after the restart differ"
-    return {"answer_after_s": took, "restarts": server.restarts}
-
-
-def _load(server: Server, model: str, image: Any, expected: Any, clients: int, *, until_s: float = np.inf, count: float = np.inf) -> Load:
-    """`clients` that ask again as soon as they have an answer, for a time or a number of requests; each asks once before, as a warm-up."""
-    load, begin, lock = Load(), threading.Barrier(clients + 1), threading.Lock()
-    left, end = [count], [np.inf]
-
-    def ask(remote: RemotePredictor) -> None:
-        start = time.perf_counter()
         try:
             labels = remote(image).labels
         except SegrtError as err:
-            load.errors.append(str(err))
-            return
-        load.seconds.append(time.perf_counter() - start)
-        load.wrong += not np.array_equal(labels, expected)
-
-    def client() -> None:
-        with RemotePredictor(server.grpc, model) as remote:
-            try:
-                remote(image)
-            except SegrtError:
-                begin.abort()
-                raise
-            begin.wait()
-            while True:
-                with lock:
-                    left[0] -= 1
-                    if left[0] < 0:
-                        return
-                ask(remote)
-                if time.perf_counter() > end[0]:
-                    return
-
-    with ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(client) for _ in range(clients)]
-        with suppress(threading.BrokenBarrierError):  # whose cause the client's result raises
-            begin.wait()
-        start = time.perf_counter()
-        end[0] = start + until_s
-        for one in running:
-            one.result()
-    load.wall_s = time.perf_counter() - start
-    return load
-
-
-@contextmanager
-def _watching(server: Server) -> Iterator[list[float]]:
-    """Bytes that the server and its models use, once a second; memory they share counts once."""
-    used, done = list[float](), threading.Event()
-
-    def look() -> None:
-        while not done.wait(1):
-            used.append(sum(_proportional_bytes(process) for process in (server.pid, *server.processes())))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield used
-    finally:
-        done.set()
-        thread.join()
-
-
-def _growth(used: list[float]) -> dict[str, Any]:
-    """Memory after a fifth of the time, which is warm-up, and at the end, as medians of a tenth of the samples each."""
-    tenth = max(1, len(used) // 10)
-    warm, end = (statistics.median(part) if part else float("nan") for part in (used[2 * tenth : 3 * tenth], used[-tenth:]))
-    return {"bytes_after_warm_up": warm, "bytes_at_the_end": end, "growth": end / warm - 1, "bytes_peak": max(used, default=float("nan"))}
-
-
-def _proportional_bytes(process: int) -> float:
-    try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
+            return {"right_answer": False, "error": str(err), "restarts": server.restarts}
+    took = time.perf_counter() - start
+    return {"right_answer": bool(np.array_equal(labels, expected)), "answer_after_s": took, "restarts": server.restarts}
 
 
 def _patch_metric(server: Server, name: str) -> float:

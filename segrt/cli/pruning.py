@@ -89,5 +89,8 @@ def show_levels(
             else f"no recommendation: in {pruning.validation} there is nothing to find; check the masks, and --mask-threshold"
         )
         return
-    print(f"recommended: {pruning.recommended}, the smallest level that loses at most {pruning.max_drop:g} of Dice")
+    print(
+        f"recommended: {pruning.recommended}, the smallest level that loses at most {pruning.max_drop:g} of Dice, "
+        "over all cases and over those with the structure"
+    )
     print(f"use it with: segrt-predict IMAGES OUT --model {bundle.path} --level {pruning.recommended}")

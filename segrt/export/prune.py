@@ -66,7 +66,8 @@ class Pruning:
     runs : predictions of it by each level
     device, engine : what ran them
     validation : how many cases were scored and where they come from; "none"
-    recommended : the smallest level that loses no more than `max_drop` of the whole one's Dice; None without scores
+    recommended : the smallest level that loses no more than `max_drop` of the whole one's Dice, `Score.dice` and `Score.where_present`;
+        None without scores
     """
 
     levels: tuple[Level, ...]
@@ -178,12 +179,16 @@ def measure_levels(
 
 
 def recommend(levels: Sequence[Level], max_drop: float) -> str | None:
-    """Give the name of the first level whose Dice is at most `max_drop` below the last one's; None without cases that have a structure."""
+    """Give the name of the first level that is at most `max_drop` of Dice below the last one; None without cases that have a structure.
+
+    Over all cases and over those that have it: where many have nothing, a level may win the former by finding less everywhere.
+    """
     scores = [level.score for level in levels if level.score is not None]
     if len(scores) < len(levels) or any(math.isnan(score.where_present) for score in scores):
         return None
-    least = scores[-1].dice - max_drop
-    return next(level.name for level, score in zip(levels, scores, strict=True) if score.dice >= least)
+    dice, present = scores[-1].dice - max_drop, scores[-1].where_present - max_drop
+    good = [score.dice >= dice and score.where_present >= present for score in scores]
+    return next(level.name for level, enough in zip(levels, good, strict=True) if enough)
 
 
 def _cost(bundle: Bundle) -> tuple[int, float, float]:

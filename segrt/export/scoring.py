@@ -90,12 +90,12 @@ class Score:
 
 
 def remembered(bundle: Bundle) -> Validation | None:
-    """Give the cases the training of a bundle held back, as its reports name them; None when they name none.
+    """Give the cases the training of a bundle held back, as its reports name them; None when nothing was written of any.
 
     Raises
     ------
     InputError
-        When the report is damaged, or a file it names is gone.
+        When the report is damaged, or a file it names is gone; or when the training held no case back.
     """
     path = bundle.path / "reports" / REMEMBERED
     if not path.is_file():
@@ -110,10 +110,12 @@ def remembered(bundle: Bundle) -> Validation | None:
         threshold = None if values["mask_threshold"] is None else float(values["mask_threshold"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise InputError(f"{path}: not a readable list of validation cases ({err}); name folders with --images and --labels") from err
+    if not cases:
+        raise InputError(f"{path}: the training held no case back (fold all does not); name folders with --images and --labels")
     for case in cases:
         if missing := [file for file in (*case.images, case.labels) if not file.exists()]:
             raise InputError(f"{missing[0]}: this validation case of {path} is gone; name folders with --images and --labels")
-    return Validation(cases, f"the {len(cases)} cases the training held back", threshold) if cases else None
+    return Validation(cases, f"the {len(cases)} cases the training held back", threshold)
 
 
 def in_folders(

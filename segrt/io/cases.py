@@ -78,7 +78,7 @@ def output_name(case: str, like: Path, suffix: str | None = None) -> str:
     return case + (suffix if suffix.startswith(".") else f".{suffix}")
 
 
-_WRITTEN_AS = {".jpg": ".png", ".jpeg": ".png", ".bmp": ".png", ".hdr": ".nii.gz", ".hdr.gz": ".nii.gz", ".nhdr": ".nrrd"}
+_WRITTEN_AS = {".jpg": ".png", ".jpeg": ".png", ".hdr": ".nii.gz", ".hdr.gz": ".nii.gz", ".nhdr": ".nrrd"}
 
 
 def _single(path: Path) -> Case:

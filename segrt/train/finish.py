@@ -42,12 +42,15 @@ def write_bundle(place: Work, target: Path, chains: Sequence[Sequence[Trained]],
 
 
 def held_back(dataset: Dataset, trained: Trained) -> str:
-    """The text of reports/validation.json: the cases each fold was validated on, where they lie, and how their masks are read."""
+    """The text of reports/validation.json: the cases each fold held back, where they lie, and how their masks are read.
+
+    The fold "all" is validated on what it was trained on, and holds none back.
+    """
     cases = {case.name: case for case in dataset.cases}
     members = {
         fold: [
             {"name": name, "images": [str(file.resolve()) for file in case.images], "labels": str(case.labels.resolve())}
-            for name in (scored.name for scored in summary.cases)
+            for name in (scored.name for scored in summary.cases if fold != "all")
             if (case := cases.get(name)) is not None and case.labels is not None
         ]
         for fold, summary in zip(trained.folds, trained.summaries, strict=True)

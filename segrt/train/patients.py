@@ -13,7 +13,8 @@ from .config import PICTURES, TrainConfig
 Patients = Mapping[str, str]
 
 _NUMBERED = re.compile(r"(.+?)[-_. ]+\d+")
-_FEWEST = 5  # patients: as many as there are folds
+_FEWEST = 5  # patients to split by: as many as there are folds
+_TOLD = 2  # patients to warn of: one is the number of a picture
 _SHOWN = 10  # patients a sentence names
 
 
@@ -31,15 +32,18 @@ def find_patients(dataset: Dataset, config: TrainConfig) -> Patients | None:
     names = [case.name for case in dataset.cases]
     if config.patients == "none" or (config.patients == "auto" and config.model not in PICTURES):
         return None
-    return guess_patients(dataset) if config.patients == "auto" else match_patients(names, config.patients)
+    return guess_patients(dataset, _FEWEST) if config.patients == "auto" else match_patients(names, config.patients)
 
 
-def guess_patients(dataset: Dataset) -> Patients | None:
-    """Case -> what comes before a last number that stands apart in its name, where cases are pictures and that makes sense; else None."""
+def guess_patients(dataset: Dataset, fewest: int = _TOLD) -> Patients | None:
+    """Case -> what comes before a last number that stands apart in its name; None unless cases are pictures of so many patients or more.
+
+    Two kinds of pictures (`benign_1`, `malignant_1`) look like two patients, so few are warned of and not split by.
+    """
     if any(image_suffix(case.images[0]) not in PICTURE_SUFFIXES for case in dataset.cases):
         return None
     found = {case.name: match[1] if (match := _NUMBERED.fullmatch(case.name)) else case.name for case in dataset.cases}
-    return found if _FEWEST <= len(set(found.values())) < len(found) else None
+    return found if fewest <= len(set(found.values())) < len(found) else None
 
 
 def match_patients(names: Sequence[str], pattern: str) -> Patients:
@@ -66,7 +70,7 @@ def torn_patients(patients: Patients, train: Sequence[str], validation: Sequence
     if not both:
         return ""
     have = f"{len(both)} patient{'s have' if len(both) > 1 else ' has'}"
-    return f"{have} images on both sides of the split, so validation will look better than it is: {name_some(both)}; see --patients"
+    return f"by their names {have} images on both sides of the split, so validation will look better than it is: {name_some(both)}"
 
 
 def name_some(patients: Sequence[str]) -> str:

@@ -99,15 +99,16 @@ def prepare_cases(place: Work, configuration: Configuration, name: str, *, previ
 
 def record_split(place: Work, fold: str, split: Split, folder: Path) -> None:
     """Write a fold's split.json, name the patients held back, and warn of those who are on both sides."""
-    config, dataset = place.config, place.dataset
-    patients = find_patients(dataset, config) or (None if config.patients == "none" else guess_patients(dataset))
     values: dict[str, Any] = {"train": split.train, "val": split.validation}
-    if patients is not None and fold != "all":
+    patients = None if fold == "all" else find_patients(place.dataset, place.config)
+    if patients is not None:
         train, held = (sorted({patients[name] for name in names}) for names in (split.train, split.validation))
         values["patients"] = {"train": train, "val": held}
         place.show.stage(f"fold {fold}: {len(train)} patients to train on, {len(held)} held back: {name_some(held)}")
-        if warning := torn_patients(patients, split.train, split.validation):
-            place.show.stage(f"warning: {warning}")
+    by_name = None if fold == "all" else patients or guess_patients(place.dataset)
+    if by_name is not None and (torn := torn_patients(by_name, split.train, split.validation)):
+        asked = place.config.patients == "none"
+        place.show.stage(f"fold {fold}: split one by one, by --patients none: {torn}" if asked else f"warning: {torn}; see --patients")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "split.json", json.dumps(values, indent=1) + "\n")
 

@@ -82,10 +82,12 @@ def test_all_folds_become_members_and_validation_covers_every_case(tmp_path: Pat
 
 
 def test_training_on_everything(tmp_path: Path, data: Path) -> None:
-    """PaddleSeg#3234, #3320: no fold held back."""
+    """PaddleSeg#3234, #3320: no fold held back, and so no case to score the model on."""
     bundle = train_model(data, tmp_path / "m", _config(folds=("all",)))
     assert bundle is not None
     assert bundle.spec.members == ("all",)
+    with pytest.raises(InputError, match="the training held no case back"):
+        remembered(bundle)
 
 
 def _cascade_plan(path: Path, data: Path) -> Path:

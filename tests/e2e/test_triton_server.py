@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -444,37 +445,54 @@ def test_triton_networks_answer_alone(grpc: Asking, served: Served) -> None:
     np.testing.assert_allclose(logits, 2 * centres * patches - centres**2, rtol=1e-6, atol=1e-6)
 
 
+TRAFFIC = (*((protocol, model) for protocol in ("grpc", "http") for model in PIPELINES), ("grpc", "organ_stream"))
+
+
 def test_triton_swaps_a_model_under_traffic_without_a_failed_request(served: Served, image: Array, labels: Array, tmp_path: Path) -> None:
     """Version 2 sees other classes; every answer is that of one version or the other, and in the end all are the new one's."""
     changed = make_bundle(tmp_path / "new", served.organ.spec, centres=(0, 1.2, 5))
     later = Predictor(changed, device="cpu")((image, SPACING)).labels
     assert not np.array_equal(later, labels)
-    stop, wrong = threading.Event(), list[Any]()
+    stop, phase = threading.Event(), ["before"]
+    answered = {way: Counter[str]() for way in TRAFFIC}
 
-    def keep_asking(model: str) -> None:
-        asking = Asking.over("grpc", served.server)
+    def keep_asking(way: tuple[str, str]) -> None:
+        protocol, model = way
+        asking = Asking.over(protocol, served.server)
         while not stop.is_set():
-            try:
+            began = phase[0]
+            if model == "organ_stream":
+                answer = list(streamed(served, tensors_of(image)))[-1].as_numpy("LABELS")
+            else:
                 answer = asking.labels(model, tensors_of(image))
-            except InferenceServerException as err:
-                wrong.append(err)
-                continue
-            if not (np.array_equal(answer, labels) or np.array_equal(answer, later)):
-                wrong.append(answer)
-            time.sleep(0.02)  # leaves the loading some of the CPU
+            allowed = [later] if began == "after" else [labels, later]
+            assert any(np.array_equal(answer, one) for one in allowed), f"{way}, begun {began} the change"
+            answered[way][began if began == phase[0] else "during"] += 1
+            time.sleep(0.1)  # leaves the loading some of the CPU
 
-    client = Asking.over("http", served.server).client
-    with ThreadPoolExecutor(4) as pool:
-        for model in PIPELINES * 2:
-            pool.submit(keep_asking, model)
+    client = Asking.over("grpc", served.server).client
+    with ThreadPoolExecutor(len(TRAFFIC)) as pool:
+        running = [pool.submit(keep_asking, way) for way in TRAFFIC]
+
+        def all_answered() -> bool:
+            for failed in (one for one in running if one.done()):
+                failed.result()
+            return all(count[phase[0]] > 0 for count in answered.values())
+
         try:
+            wait_for(all_answered)
+            phase[0] = "during"
             version = write_triton(changed, served.repository, name="organ", device="cpu").version
             for model in (*(patch_name(served, member) for member in changed.spec.members), *PIPELINES, "organ_stream"):
-                client.load_model(model)
+                client.load_model(model, client_timeout=4 * TIMEOUT_S)  # new processes start, on a machine that is busy with the others
+            wait_for(all_answered)
+            phase[0] = "after"
+            wait_for(all_answered)
             after = [Asking.over("grpc", served.server).ask(model, tensors_of(image)) for model in PIPELINES]
         finally:
             stop.set()
-    assert wrong == []
+    for one in running:
+        one.result()
     for answer in after:
         assert report_of(answer)["version"] == str(version) == "2"
         np.testing.assert_array_equal(answer.as_numpy("LABELS"), later)

@@ -114,7 +114,7 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
         ("a.nhdr", None, "case.nrrd"),
         ("a.hdr.gz", None, "case.nii.gz"),
         ("a.jpeg", None, "case.png"),
-        ("a.bmp", None, "case.png"),
+        ("a.bmp", None, "case.bmp"),
         ("a.tif", None, "case.tif"),
         ("folder", None, "case.nii.gz"),
         ("a.nii.gz", ".nrrd", "case.nrrd"),

@@ -64,6 +64,17 @@ def test_every_case_becomes_a_label_file(cases: list[Case], predictor: Predictor
     assert sorted(p.name for p in (tmp_path / "deep" / "out").iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz", "predictions.json"]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+def test_a_picture_becomes_labels_of_its_own_format(tmp_path: Path, suffix: str, engine: CountingEngine) -> None:
+    """Pixel for pixel: a BMP pads its rows and shows grey through a palette, and loses nothing by either."""
+    image = banded((1, 9, 11))
+    write_case(tmp_path / "images" / f"a{suffix}", image.astype(np.uint8), dimensions=2)
+    flat = Predictor(Bundle(tmp_path / "model", make_spec(patch=(1, 8, 8))), engines=[engine])
+    predict_many(find_cases(tmp_path / "images", 1), tmp_path / "out", flat)
+    labels, _ = read_labels(tmp_path / "out" / f"a{suffix}")
+    np.testing.assert_array_equal(labels, image)
+
+
 def test_the_record_says_what_ran_and_on_what(cases: list[Case], predictor: Predictor, tmp_path: Path) -> None:
     predict_many(cases, tmp_path / "out", predictor)
     written = record(tmp_path / "out")

@@ -272,8 +272,9 @@ def test_a_plan_of_another_level_is_not_taken(tmp_path: Path, bundle: Bundle) ->
         find_plan(bundle.at_level("L2"), "0", "fp16", machine)
 
 
-def level(name: str, dice: float | None) -> Level:
-    return Level(name, 1, 1.0, 1.0, 1.0, 1.0, None if dice is None else Score(dice, dice, dice))
+def level(name: str, dice: float | None, where_present: float | None = None) -> Level:
+    present = dice if where_present is None else where_present
+    return Level(name, 1, 1.0, 1.0, 1.0, 1.0, None if dice is None or present is None else Score(dice, dice, present))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +293,14 @@ def test_the_smallest_level_within_the_loss_is_recommended(scores: tuple[float |
     assert recommend([level(f"L{n}", dice) for n, dice in enumerate(scores, 1)], drop) == wanted
 
 
+def test_a_level_that_wins_by_finding_less_is_not_recommended() -> None:
+    """Dice over all cases and over those with the structure: slices without any score 0 as soon as something is found in them."""
+    found = [level("L1", 0.63, 0.70), level("L2", 0.684, 0.7327), level("L3", 0.66, 0.7601), level("L4", 0.667, 0.7627)]
+    assert recommend(found, 0.005) == "L4"
+    assert recommend(found, 0.01) == "L3"
+    assert recommend(found, 0.05) == "L2"
+
+
 SCORED = ("--images", "images", "--labels", "masks", "--mask-suffix", "_mask.png", "--mask-threshold", "0")
 
 
@@ -306,7 +315,9 @@ def test_the_table_has_every_level_with_its_price(run: Callable[..., Answer]) ->
     assert found["L1"]["parameters"] == count_parameters(build(TINY.pruned(1)))
     assert all(found[name]["image_ms"] > found[name]["network_ms"] > 0 for name in ("L1", "L2", "L4"))
     assert [found[name]["published"] for name in ("L1", "L2", "L4")] == [3.5, 2.4, 1.0]
-    assert "recommended: L4" in answer.out
+    assert (
+        "recommended: L4, the smallest level that loses at most 0 of Dice, over all cases and over those with the structure" in answer.out
+    )
     assert "one image of 40 x 36" in answer.out
     assert "Dice over 3 cases of images" in answer.out
     assert (found["device"], found["engine"].split(",")[0], found["runs"] >= 15) == ("cpu", "openvino", True)
@@ -331,6 +342,16 @@ def test_cases_that_are_gone_cost_the_scores_and_not_the_levels(run: Callable[..
     assert "no Dice, and so no recommendation: name images and their masks with --images and --labels" in answer.out
     refused = run(build_command.main, "bundle", "--prune", "L1", "--max-drop", "0.01")
     assert (refused.code, "is gone; name folders with --images and --labels" in refused.err) == (2, True)
+
+
+def test_a_training_on_all_cases_costs_the_scores_and_not_the_levels(run: Callable[..., Answer], caplog: pytest.LogCaptureFixture) -> None:
+    Path("bundle/reports/validation.json").write_text(json.dumps({"mask_threshold": 0, "members": {"all": []}}))
+    answer = run(build_command.main, "bundle", "--prune", "L1", "--backend", "onnxruntime")
+    assert answer.code == 0, answer.err
+    assert "levels are built without scores" in caplog.text
+    assert "the training held no case back" in caplog.text
+    assert "no Dice, and so no recommendation" in answer.out
+    assert json.loads(Path("bundle/reports/prune.json").read_text())["recommended"] is None
 
 
 @pytest.mark.parametrize("bias", [-9, 9])

@@ -119,6 +119,8 @@ def test_a_folder_of_masks_alone_is_refused(tmp_path: Path) -> None:
         in_folders(tmp_path, tmp_path, 1, mask_suffix="_mask.png")
 
 
-def test_an_empty_list_is_no_validation(bundle: Bundle) -> None:
-    remember(bundle, {"mask_threshold": None, "members": {"0": []}})
-    assert remembered(bundle) is None
+@pytest.mark.parametrize("members", [{"all": []}, {}])
+def test_a_training_that_held_nothing_back_says_so(bundle: Bundle, members: Any) -> None:
+    remember(bundle, {"mask_threshold": None, "members": members})
+    with pytest.raises(InputError, match=r"validation.json: the training held no case back .*name folders with --images and --labels"):
+        remembered(bundle)
