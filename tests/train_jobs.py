@@ -15,7 +15,7 @@ from factories import UNET_3D, write_case
 from torch import Tensor, distributed
 
 from segrt.networks import build
-from segrt.spec import Head
+from segrt.spec import Head, NetworkSpec
 from segrt.train.config import TrainConfig, make_config
 from segrt.train.loop import Batch, Job, Step, train
 
@@ -89,19 +89,25 @@ def run(job: Job) -> list[Step]:
     return steps
 
 
-def train_in_group(rank: int, processes: int, folder: str, port: int, dropout: float = 0.0, stop: int | None = None) -> None:
-    """One process of a gloo group, as torchrun would start it; the first asks to stop in iteration `stop`."""
+def train_in_group(
+    rank: int, processes: int, folder: str, port: int, dropout: float = 0.0, stop: int | None = None, network: NetworkSpec | None = None
+) -> None:
+    """One process of a gloo group, as torchrun would start it; the first asks to stop in iteration `stop`.
+
+    network : trained without deep supervision, instead of the tiny one with it
+    """
 
     def progress(step: Step) -> None:
         if step.iteration == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    network = UNET_3D.model_copy(update={"dropout": dropout})
+    supervised = network is None
+    network = network or UNET_3D.model_copy(update={"dropout": dropout})
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=processes)
     try:
-        train(tiny_job(Path(folder), build=lambda: build(network, deep_supervision=True)), CPU, progress=progress)
+        train(tiny_job(Path(folder), build=lambda: build(network, deep_supervision=supervised)), CPU, progress=progress)
     finally:
         distributed.destroy_process_group()
 

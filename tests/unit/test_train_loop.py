@@ -16,11 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from factories import UNET_3D
 from safetensors.torch import load_file
 from torch import multiprocessing
 from train_jobs import CPU, cross_entropy, make_batches, run, tiny_config, tiny_job, train_in_group
 
 from segrt.errors import InputError, SpecError
+from segrt.networks import build
 from segrt.spec import Head
 from segrt.train import loop
 from segrt.train.epoch import dice_of
@@ -267,6 +269,17 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         assert float(a) == pytest.approx(float(b), abs=1e-5)  # the order of the sums differs
     for a, b in zip(_rows(tmp_path / "one" / "validation.csv"), _rows(tmp_path / "two" / "validation.csv"), strict=True):
         assert float(a["dice"]) == pytest.approx(float(b["dice"]), abs=1e-3)
+
+
+def test_two_processes_train_without_deep_supervision(tmp_path: Path) -> None:
+    """The heads of the coarser levels are there and unread: a group that waits for their gradients ends in the second iteration."""
+    steps = {"kernels": ((3, 3, 3),) * 3, "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2))}
+    network = UNET_3D.model_copy(update={"features": (4, 8, 8), "blocks": (1, 1, 1), "decoder_convs": (1, 1), **steps})
+    run(tiny_job(tmp_path / "one", build=lambda: build(network)))
+    _in_group(tmp_path / "two", 0.0, None, network)
+    one, two = (np.array(_losses(tmp_path / name), float) for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, atol=1e-5)  # the order of the sums differs
+    assert _last(tmp_path / "two").keys() == build(network).state_dict().keys()
 
 
 def test_resumed_processes_drop_what_they_would_have_dropped(tmp_path: Path) -> None:
