@@ -141,6 +141,10 @@ def train(
     mask_threshold: Annotated[
         float | None, typer.Option(help="Label maps are grey: above is the one structure, the rest is background.")
     ] = None,
+    npy_window: Annotated[
+        str | None,
+        typer.Option(help="Intensities .npy images hold as 0 and 255: article (-1200,600 HU), abdomen, two numbers; none: as they are."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle at OUTPUT.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False,
 ) -> None:
@@ -151,6 +155,7 @@ def train(
     Exit codes: 0 done, 2 not, 130 stopped by a signal and saved.
     """
     from ..train.config import PICTURES
+    from ..train.npy import parse_npy_window
     from .training import STOPPED, STOPPED_TEXT, TrainBars, describe_training, ending_on_signals, is_first, join_processes, picture_size
 
     configure_logging(verbose=verbose)
@@ -226,6 +231,7 @@ def train(
         "label_suffix": label_suffix,
         "masks": masks,
         "mask_threshold": mask_threshold,
+        "npy_window": None if npy_window is None else parse_npy_window(npy_window),
     }
     from ..train.run import train_model
     from ..train.unread import refuse_unread

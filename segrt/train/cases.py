@@ -69,6 +69,11 @@ class Dataset:
             raise InputError(f"dataset {self.name}: case {twice[0]!r} is there more than once; give every case its own name")
 
     @property
+    def arrays(self) -> bool:
+        """Whether its images are .npy files, which know no spacing and no unit."""
+        return self.cases[0].images[0].suffix == ".npy"
+
+    @property
     def regions(self) -> bool:
         """Whether some structure is made of several values, so that structures overlap."""
         return any(len(values) > 1 for values in self.labels.values())

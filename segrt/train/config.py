@@ -14,6 +14,7 @@ from ..spec import Part, Size, Triple
 
 Model = Literal["nnunet", "vnet", "unetpp", "unet"]
 PICTURES = ("unetpp", "unet")  # models whose recipe is one for pictures: lengths in passes over them, patients kept together
+WINDOWS = {"article": (-1200.0, 600.0), "abdomen": (-160.0, 240.0)}  # HU
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -14,6 +14,7 @@ from .configuration import Plan
 from .dataset import open_dataset
 from .finish import write_bundle
 from .folds import Fold, Show, train_fold, validate_fold
+from .npy import check_intensities
 from .override import choose_configuration
 from .pairs import name_candidates, split_pair, validate_candidate
 from .processes import rank, wait_for_all
@@ -76,6 +77,7 @@ def train_model(
     dataset = source if isinstance(source, Dataset) else open_dataset(source, **(dataset_options or {}))
     for fold in config.folds:
         split_of(dataset, config, fold)  # what cannot be split is said before anything is read
+    check_intensities(dataset, config)
     device = choose_device(config.device)
     if config.precision == "auto":
         config = config.model_copy(update={"precision": "fp16" if device.type == "cuda" else "fp32"})

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import typer
 from train_jobs import write_dataset
 
 from segrt.cli import train as train_command
 from segrt.cli.training import TrainBars, ending_on_signals, epoch_text, is_first, join_processes, step_text
+from segrt.io import read_volume
 from segrt.train.epoch import EpochMeans
 from segrt.train.loop import Step
 
@@ -199,6 +201,50 @@ def test_what_a_dataset_does_not_say(run: Run, data: Path, tmp_path: Path) -> No
     assert run(folder, "--plan-only", "--work", "w", "--workers", "0", *suffixes).code == 0
     spec = json.loads(Path("w/plan.json").read_text())["configurations"]["3d_fullres"]["spec"]
     assert [(c["name"], c["normalization"]["kind"]) for c in spec["channels"]] == [("CT", "ct")]
+
+
+def test_arrays_that_a_window_made(run: Run, data: Path) -> None:
+    """The trained model gets real images: what 0 and 255 of the arrays stand for has to be said, and the plan's window is of that."""
+    lists = write_arrays(data, Path("lists"))
+    arrays = (
+        lists,
+        "--plan-only",
+        "--work",
+        "w",
+        "--workers",
+        "0",
+        "--fold",
+        "0",
+        "--model",
+        "vnet",
+        "--channels",
+        "CT",
+        "--patch",
+        "16,16,16",
+    )
+    assert "channel CT gets a window of them; say which ones 0 and 255 stand for (--npy-window -1200,600)" in refusal(run(*arrays))
+    assert "npy_window: expected article, abdomen, none, or a number" in refusal(run(*arrays, "--npy-window", "lung"))
+    assert run(*arrays, "--npy-window", "article").code == 0
+    fingerprint = json.loads(Path("w/reports/fingerprint.json").read_text())
+    assert 300 < fingerprint["intensities"][0]["percentile_99_5"] <= 600.01
+    spec = json.loads(Path("w/plan.json").read_text())["configurations"]["vnet"]["spec"]
+    assert spec["channels"][0]["normalization"] == {"kind": "hu_window", "lower": -1200.0, "upper": 600.0, "scale": 255.0}
+    assert "npy_window: it tells what .npy files hold" in refusal(run(data, "--plan-only", "--work", "o", "--npy-window", "article"))
+
+
+def write_arrays(data: Path, folder: Path) -> Path:
+    """The balls' images as the article's arrays, 0..255, in lists for training and validation."""
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for case in range(4):
+        values = read_volume(data / "imagesTr" / f"ball_{case:03d}_0000.nii.gz").data[0].astype(np.float32)
+        values = (values - values.min()) * (255 / np.ptp(values))
+        np.save(folder / "images" / f"{case}.npy", values)
+        np.save(folder / "labels" / f"{case}.npy", read_volume(data / "labelsTr" / f"ball_{case:03d}.nii.gz").data[0])
+    lines = [f"images/{case}.npy labels/{case}.npy\n" for case in range(4)]
+    (folder / "train_list.txt").write_text("".join(lines[:3]))
+    (folder / "val_list.txt").write_text(lines[3])
+    return folder
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from factories import write_case
 from segrt.errors import InputError
 from segrt.io import write_image
 from segrt.train.cases import Dataset, TrainingCase
+from segrt.train.config import make_config
 from segrt.train.dataset import open_dataset, read_training_case
+from segrt.train.npy import check_intensities, parse_npy_window
 from segrt.volume import Grid
 
 SHAPE = (3, 4, 5)
@@ -266,12 +268,10 @@ def test_equal_names_in_several_folders_are_told_apart(tmp_path: Path) -> None:
     assert [case.name for case in open_dataset(tmp_path, label_suffix="_seg").cases] == ["p1_scan", "p2_scan"]
 
 
-def test_npy_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_npy_lists(tmp_path: Path) -> None:
     """SEEDS 2.12 g: lists came from an unsorted listing, so that pairs hung on the file system; here both names stand in one line."""
     folder = npy_lists(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        dataset = open_dataset(folder)
-    assert "npy_window" in caplog.text
+    dataset = open_dataset(folder)
     assert [case.name for case in dataset.cases] == ["a", "b", "c"]
     assert dataset.split == (("a", "c"), ("b",))
     volume, read = read_training_case(dataset.cases[0], dataset)
@@ -286,6 +286,49 @@ def test_npy_intensities_go_back_to_where_their_window_took_them_from(tmp_path: 
     np.save(tmp_path / "images" / "a.npy", np.resize(np.asarray([0, 170, 255], np.float32), SHAPE))
     volume, _ = read_training_case(dataset.cases[0], dataset)
     np.testing.assert_allclose(np.unique(volume.data), (-1200, 0, 600), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "changes", "channel"),
+    [
+        (("CT",), {"model": "vnet"}, "CT"),
+        (("CT",), {"model": "nnunet"}, "CT"),
+        (("CT",), {"model": "unet"}, "CT"),
+        (("MR",), {"model": "vnet", "window": "percentile"}, "MR"),
+        (("MR",), {"model": "vnet", "window": (0, 100)}, "MR"),
+        (("MR",), {"model": "vnet"}, ""),
+        (("MR",), {"model": "nnunet"}, ""),
+        (("CT",), {"model": "vnet", "window": "zscore"}, ""),
+    ],
+)
+def test_arrays_of_unknown_intensities_get_no_window(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, channels: tuple[str, ...], changes: dict[str, Any], channel: str
+) -> None:
+    """PaddleSeg#3298: arrays that a window had made 0..255 were windowed once more, and real images came out wrong."""
+    folder, config = npy_lists(tmp_path), make_config(**changes)
+    with caplog.at_level(logging.WARNING):
+        if channel:
+            with pytest.raises(InputError, match=f"npy_window: .* channel {channel} gets a window of them; say .*--npy-window -1200,600"):
+                check_intensities(open_dataset(folder, channels=channels), config)
+        else:
+            check_intensities(open_dataset(folder, channels=channels), config)
+            assert "npy_window tells it" in caplog.text
+            caplog.clear()
+        check_intensities(open_dataset(folder, channels=channels, npy_window=parse_npy_window("none")), config)
+    assert caplog.text == ""
+
+
+def test_what_arrays_hold() -> None:
+    assert parse_npy_window("article") == (-1200, 600)
+    assert parse_npy_window("-160, 240") == (-160, 240)
+    for text in ("240,-160", "1", "1,2,3", "lung", ""):
+        with pytest.raises(InputError, match=r"npy_window: expected article, abdomen, none, or a number and a higher one"):
+            parse_npy_window(text)
+
+
+def test_images_with_a_unit_of_their_own_get_no_other(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"npy_window: it tells what \.npy files hold, and images of dataset .* are none; leave it out"):
+        open_dataset(pairs(tmp_path), npy_window=(-1200, 600))
 
 
 def test_grey_and_colour_pictures(tmp_path: Path) -> None:
