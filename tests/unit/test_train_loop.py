@@ -71,7 +71,9 @@ def test_best_follows_the_moving_average_of_the_pseudo_dice(tmp_path: Path) -> N
     assert saved["iteration"] == best[1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "lr": 1e-3, "accumulation": 2}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "adamw", "lr": 1e-3, "accumulation": 2}, {"precision": "bf16"}, {"precision": "fp16"}]
+)
 def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(tmp_path: Path, changes: dict[str, object]) -> None:
     config = tiny_config(**changes)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -90,6 +92,28 @@ def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(tmp_path: Path, ch
         assert row == other
     for name, tensor in _last(whole).items():
         assert torch.equal(tensor, _last(parts)[name]), name
+
+
+def test_where_fp16_overflows_weights_stay_and_the_scale_is_halved(tmp_path: Path) -> None:
+    started: list[dict[str, torch.Tensor]] = []
+
+    def start() -> torch.nn.Module:
+        network = build(UNET_3D, deep_supervision=True)
+        started.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        return network
+
+    def steep(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, parts = cross_entropy(outputs, targets)
+        return 1e6 * loss, parts  # a number itself, with gradients beyond fp16's 65504
+
+    run(tiny_job(tmp_path, tiny_config(precision="fp16", iterations=1), build=start, loss=steep))
+    last = _last(tmp_path)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in started[0].items())
+    saved = json.loads((tmp_path / "checkpoints" / "iter_0000001" / "state.json").read_text())
+    assert saved["parts"]["scaler"]["scale"] == 2**15
+    run(tiny_job(tmp_path / "even", tiny_config(precision="fp16", iterations=1), build=start))
+    even = _last(tmp_path / "even")
+    assert not all(torch.equal(tensor, even[name]) for name, tensor in started[1].items())
 
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
