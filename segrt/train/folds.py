@@ -26,7 +26,7 @@ from .cases import Dataset
 from .checkpoint import Weights
 from .config import TrainConfig
 from .configuration import Configuration
-from .loader import Batches, Stream
+from .loader import Batches, Stream, share
 from .loop import Job, ProgressStep, train
 from .override import choose_loss
 from .pictures import draw_predictions, draw_samples
@@ -105,6 +105,7 @@ class Fold:
             config=config,
             folder=self.folder,
             plan=self.digest,
+            weight=share(configuration.batch_size, rank(), processes()).weight(processes()),
         )
 
     def batches(self, stream: Stream) -> Batches:

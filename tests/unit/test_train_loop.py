@@ -94,6 +94,24 @@ def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(tmp_path: Path, ch
         assert torch.equal(tensor, _last(parts)[name]), name
 
 
+def test_an_epoch_that_was_interrupted_is_told_whole(tmp_path: Path) -> None:
+    """With its validation Dice, which was looked at before the interruption, and the Dice of a batch before it."""
+    config = tiny_config(epoch=5, iterations=7, validation_interval=3, log_interval=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny_job(whole, config))
+
+    def stop(step: Step) -> None:
+        if step.iteration == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not train(tiny_job(parts, config), CPU, progress=stop)
+    assert [step.iteration for step in run(tiny_job(parts, config))] == [5, 6, 7]
+    rows = _rows(whole / "epochs.csv")
+    assert [row["iteration"] for row in rows] == ["5", "7"]
+    assert all(rows[0].values())
+    assert _rows(parts / "epochs.csv") == rows
+
+
 def test_where_fp16_overflows_weights_stay_and_the_scale_is_halved(tmp_path: Path) -> None:
     started: list[dict[str, torch.Tensor]] = []
 
@@ -293,6 +311,15 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         assert float(a) == pytest.approx(float(b), abs=1e-5)  # the order of the sums differs
     for a, b in zip(_rows(tmp_path / "one" / "validation.csv"), _rows(tmp_path / "two" / "validation.csv"), strict=True):
         assert float(a["dice"]) == pytest.approx(float(b["dice"]), abs=1e-3)
+
+
+def test_a_batch_that_does_not_divide_evenly_is_one_batch(tmp_path: Path) -> None:
+    """Of three images one process has two: each counts a third, in the gradient as in both losses."""
+    run(tiny_job(tmp_path / "one", batches=make_batches(10, size=3), validation=make_batches(20, size=3)))
+    _in_group(tmp_path / "two", 0.0, None, None, 3)
+    for table in ("training.csv", "validation.csv"):
+        one, two = ([float(row["loss"]) for row in _rows(tmp_path / name / table)] for name in ("one", "two"))
+        assert one == pytest.approx(two, abs=1e-5)  # the order of the sums differs
 
 
 def test_two_processes_train_without_deep_supervision(tmp_path: Path) -> None:
