@@ -142,7 +142,11 @@ def train_fold(fold: Fold) -> bool:
         write_atomic(fold.folder / "config.json", fold.config.to_json())
         _describe(fold)
         draw_samples(fold)
+    table = fold.folder / "profile.txt"
+    told = table.is_file()
     finished = train(fold.job, fold.device, progress=fold.show.step)
+    if first and not told and table.is_file():
+        fold.show.stage(f"fold {fold.name}: time by operation\n{table.read_text(encoding='utf-8')}")
     if first:
         write_curves(fold.folder / "curves.png", {f"fold {fold.name}": fold.folder})
     return finished
@@ -197,6 +201,7 @@ def reports_of(folds: Mapping[str, Fold]) -> dict[str, bytes]:
         "predictions.png",
         "samples.png",
         "profile.json",
+        "profile.txt",
     )
     files = {f"fold_{name}/{file}": fold.folder / file for name, fold in folds.items() for file in wanted}
     files |= {f"fold_{name}/summary.json": fold.folder / "validation" / "summary.json" for name, fold in folds.items()}

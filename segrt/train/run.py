@@ -18,6 +18,7 @@ from .npy import check_intensities
 from .override import choose_configuration
 from .pairs import name_candidates, split_pair, validate_candidate
 from .processes import rank, wait_for_all
+from .records import environment, tell_environment
 from .select import choose_best, choose_postprocess
 from .splits import covering_folds, split_of
 from .start import check_once, check_writable, choose_device, measure_once, plan_once, prepare_cases, record_split
@@ -101,6 +102,8 @@ def train_model(
         for (first, _), *_ in stages.values():  # what a cascade's second stage is prepared with, its first has to predict
             prepare_cases(place, choose_configuration(chosen, config, first), first)
         return None
+    for line in tell_environment(environment(device)):
+        place.show.stage(line)
     trained = dict[str, Trained]()
     for stage, folds in (part for parts in stages.values() for part in parts):
         if stage in trained and set(folds) <= trained[stage].folds.keys():

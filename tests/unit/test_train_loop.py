@@ -302,6 +302,7 @@ def test_the_profiler_writes_its_trace(tmp_path: Path) -> None:
     run(tiny_job(tmp_path, tiny_config(profile=(2, 4))))
     trace = json.loads((tmp_path / "profile.json").read_text())
     assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
+    assert "Self CPU %" in (tmp_path / "profile.txt").read_text()
 
 
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
