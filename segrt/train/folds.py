@@ -32,7 +32,7 @@ from .override import choose_loss
 from .pictures import draw_predictions, draw_samples
 from .processes import processes, rank
 from .records import count_flops, environment
-from .splits import Split
+from .splits import Split, scored_on
 from .targets import class_names
 from .validate import Summary, validate
 
@@ -155,12 +155,13 @@ def train_fold(fold: Fold) -> bool:
 def validate_fold(fold: Fold, dataset: Dataset, *, previous: Path | None) -> Summary:
     """Make the fold's own bundle and run its held-back cases through the runtime."""
     weights = fold.weights
-    fold.show.stage(f"validating fold {fold.name} on {len(fold.split.validation)} cases (weights of iteration {weights.iteration})")
+    cases = f"{len(fold.split.validation)} cases" if fold.name != "all" else f"its own {len(fold.split.validation)} training cases"
+    fold.show.stage(f"validating fold {fold.name} on {cases} (weights of iteration {weights.iteration})")
     bundle = Bundle.create(fold.folder / "bundle", fold.spec, weights={fold.name: weights.tensors}, force=True)
     names, folder = fold.split.validation, fold.folder / "validation"
     summary = validate(dataset, names, bundle, folder, device=runtime_device(fold.device), previous=previous, progress=fold.show.cases)
     draw_predictions(fold, dataset, summary)
-    fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}, mean IoU {summary.mean_iou:.4f}")
+    fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}, mean IoU {summary.mean_iou:.4f} {scored_on([fold.name])}")
     return summary
 
 

@@ -19,8 +19,8 @@ from .override import choose_configuration
 from .pairs import name_candidates, split_pair, validate_candidate
 from .processes import rank, wait_for_all
 from .records import environment, tell_environment
-from .select import choose_best, choose_postprocess
-from .splits import covering_folds, split_of
+from .select import choose_best, choose_nothing, choose_postprocess
+from .splits import covering_folds, scored_on, split_of
 from .start import check_once, check_writable, choose_device, measure_once, plan_once, prepare_cases, record_split
 from .work import Trained, Work, in_turn, labels_of
 
@@ -114,14 +114,16 @@ def train_model(
         trained[stage] = done
     if rank() > 0:
         return None
-    best = choose_best({name: validate_candidate(place, [trained[part] for part in split_pair(name)]) for name in names})
+    scores = {name: validate_candidate(place, [trained[part] for part in split_pair(name)]) for name in names}
+    best = choose_best(scores, where=scored_on(config.folds))
     if len(names) > 1:
         place.show.stage(best.text)
     write_atomic(place.folder / "reports" / "configurations.json", best.to_json())
     chains = [[trained[stage] for stage, _ in stages[part]] for part in split_pair(best.name)]
     # a configuration whose folds all serve a cascade is judged by all of them
     summary = best.summary if len(chains) > 1 else chains[0][-1].summary
-    choice = choose_postprocess(summary, dataset, workers=max(1, config.workers))
+    seen = any("all" in chain[-1].folds for chain in chains)
+    choice = choose_nothing(summary) if seen else choose_postprocess(summary, dataset, workers=max(1, config.workers))
     for sentence in choice.tried:
         place.show.stage(f"post-processing, {sentence}")
     return write_bundle(place, target, chains, choice, name=best.name, force=force)
