@@ -14,7 +14,7 @@ from ..io import read_volume
 from ..io.cases import PICTURE_SUFFIXES, image_suffix
 from ..volume import Grid, Volume
 from .cases import Dataset, Mask, TrainingCase
-from .dataset_json import Declared, Labels, parse_labels, read_dataset_json
+from .dataset_json import Declared, Labels, parse_labels, pop_ignore, read_dataset_json
 from .layouts import IMAGES, LABELS, Found, described, listed, paired, suffixed
 from .masks import apply_mask, find_masks, grey_mask
 from .npy import read_npy
@@ -59,7 +59,7 @@ def open_dataset(
     Raises
     ------
     InputError
-        When there is no such layout, a folder cannot be read, images or label maps are missing, or what the dataset says about itself, or
+        When there is no such layout, a folder cannot be read, no image has its label map, or what the dataset says about itself, or
         is told by an argument, cannot be right.
     """
     root = Path(path)
@@ -72,15 +72,16 @@ def open_dataset(
             found, declared, folder = find_masks(root, Path(masks), image_suffix, label_suffix), None, root
     except OSError as err:
         raise InputError(f"{err.filename or root} cannot be read ({err.strerror or err}); check its name and permissions") from err
+    first = next((case for case in found.cases if case.complete), found.cases[0])
     if masks is not None:
         name = name or (root.resolve().parent.name if root.name in IMAGES else None)
     if channels is None:
-        channels = declared.channels if declared else _channel_names(found.cases[0])
+        channels = declared.channels if declared else _channel_names(first)
     if mask_threshold is not None and labels is None and declared and len(declared.labels) > 2:
         raise InputError(
             f"mask_threshold: grey masks hold one structure, {folder} has {', '.join(declared.labels)}; leave the threshold out"
         )
-    mask = None if mask_threshold is None else grey_mask(mask_threshold, found.cases[0], labels)
+    mask = None if mask_threshold is None else grey_mask(mask_threshold, first, labels)
     if mask is not None:
         declared = _given(labels or {"foreground": mask.value}, ())
     elif labels is not None:
@@ -94,6 +95,7 @@ def open_dataset(
         labels=declared.labels,
         cases=found.cases,
         tests=found.tests,
+        missing=found.missing,
         class_order=declared.class_order,
         ignore=declared.ignore,
         split=found.split,
@@ -228,15 +230,17 @@ def _declared(folder: Path) -> Declared | None:
 def _given(labels: Mapping[str, int | Sequence[int]], class_order: Sequence[int]) -> Declared:
     """What the caller says; the background goes without saying."""
     own = parse_labels(labels, where="labels")
-    ignore = own.pop("ignore", None)
+    ignore = pop_ignore(own, where="labels")
     background = {} if any(set(values) == {0} for values in own.values()) else {"background": (0,)}
-    return Declared((), {**background, **own}, tuple(class_order), ignore[0] if ignore else None, {})
+    return Declared((), {**background, **own}, tuple(class_order), ignore, {})
 
 
 def _labels_found(cases: Sequence[TrainingCase]) -> Labels:
     """A name for every value in the label maps."""
     values: set[int] = {0}
     for case in cases:
+        if not case.complete:
+            continue  # `check_dataset` tells of it
         labels, _, _ = read_label_map(case)
         values.update(int(v) for v in np.unique(labels))
         if len(values) > _MOST_LABELS + 1:

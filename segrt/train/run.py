@@ -76,7 +76,7 @@ def train_model(
         check_replaceable(target, force=force)
         check_writable(target.parent, "output")
     dataset = source if isinstance(source, Dataset) else open_dataset(source, **(dataset_options or {}))
-    for fold in config.folds:
+    for fold in config.folds if not dataset.missing else ():
         split_of(dataset, config, fold)  # what cannot be split is said before anything is read
     check_intensities(dataset, config)
     device = choose_device(config.device)

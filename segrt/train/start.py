@@ -50,7 +50,7 @@ def check_once(place: Work) -> CheckReport:
         return found if found.ok else None
 
     report = kept(place.shared, "dataset", place.dataset, check, load)
-    report.require_ok()
+    report.require_ok(place.shared / "reports" / "dataset.json")
     for warning in report.warnings:
         place.show.stage(f"warning: {warning}")
     return report

@@ -304,6 +304,18 @@ def test_a_dataset_with_a_wrong_label_names_the_file(run: Run, tmp_path: Path) -
     assert "ball_000.nii.gz" in sentence
 
 
+def test_an_image_without_label_is_in_the_report(run: Run, tmp_path: Path) -> None:
+    """Though what is left could not be split into five folds either."""
+    folder = write_dataset(tmp_path / "data", cases=3)
+    (folder / "labelsTr" / "ball_001.nii.gz").unlink()
+    sentence = refusal(run(folder, "--workers", "0", "--work", "w"))
+    assert "cannot be trained on: ball_001_0000.nii.gz has no label map in" in sentence
+    assert sentence.endswith("(see w/reports/dataset.json)")
+    (problem,) = json.loads(Path("w/reports/dataset.json").read_text())["problems"]
+    assert (problem["case"], problem["kind"]) == ("ball_001", "missing")
+    assert problem["files"] == [str(folder / "imagesTr" / "ball_001_0000.nii.gz")]
+
+
 def test_a_problem_that_left_no_trace_is_looked_for_again(run: Run, tmp_path: Path) -> None:
     """A permission that was given later changes no file's name, size or time: the report of the first run still had the problem."""
     folder = write_dataset(tmp_path / "data", cases=2)
