@@ -20,8 +20,10 @@ from .pairs import name_candidates, split_pair, validate_candidate
 from .processes import rank, wait_for_all
 from .records import environment, tell_environment
 from .select import choose_best, choose_nothing, choose_postprocess
+from .space import check_space
 from .splits import covering_folds, scored_on, split_of
 from .start import check_once, check_writable, choose_device, measure_once, plan_once, prepare_cases, record_split
+from .tell import tell_plan
 from .work import Trained, Work, in_turn, labels_of
 
 
@@ -54,7 +56,7 @@ def train_model(
     work : folder for prepared cases, checkpoints and records; by default `output` with .train at its end
     shared : folder for prepared cases and what was read of the dataset, where several trainings have that in common; by default `work`
     plan : a plan.json to train by instead of planning
-    plan_only : stop when the plan is written and what would be trained by it was checked
+    plan_only : stop when the plan is written and told, and what would be trained by it was checked
     prepare_only : stop when the cases are prepared
     candidates : configurations of which the best becomes the bundle, all of the plan's when empty; without it, the config's own is trained
     pairs : every pair of the candidates is one too, see `segrt.train.pairs`
@@ -96,6 +98,12 @@ def train_model(
     names = name_candidates(config.configuration, candidates, chosen.configurations, pairs=pairs)
     singles = tuple(dict.fromkeys(part for name in names for part in split_pair(name)))
     stages = {name: _stages(chosen, place, name) for name in singles}
+    trainable = {stage: choose_configuration(chosen, config, stage) for parts in stages.values() for stage, _ in parts}
+    if plan_only:
+        for line in tell_plan(chosen, trainable):
+            place.show.stage(line)
+    if rank() == 0:
+        check_space(place, trainable)
     if plan_only:
         return None
     if prepare_only:

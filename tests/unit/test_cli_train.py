@@ -62,6 +62,7 @@ def refusal(answer: Answer) -> str:
     return answer.err[answer.err.index("error: ") :]
 
 
+THIN = "1,2,2/2,2,2/2,2,2/2,2,2"
 FLAGS: list[tuple[list[str], str, Any]] = [
     (["--config", "2d"], "configuration", "2d"),
     (["-c", "2d"], "configuration", "2d"),
@@ -133,7 +134,12 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--model", "vnet", "--window=-100,50"], "window", [-100, 50]),
     (["--model", "vnet", "--sliding"], "sliding", True),
     (["--model", "vnet", "--resampling", "cubic"], "resampling", "cubic"),
+    (["--model", "vnet", "--elu"], "elu", True),
+    (["--model", "vnet", "--kernels", THIN, "--strides", THIN], "kernels", [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]),
+    (["--model", "vnet", "--kernels", THIN, "--strides", THIN], "strides", [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]),
+    (["--loss", "mixed", "--dice-activation", "softmax"], "dice_activation", "softmax"),
     (["--cache-dtype", "float16"], "cache", "float16"),
+    (["--cache-storage", "npy"], "storage", "npy"),
     (["--profile"], "profile", [10, 20]),
     (["--device", "cpu"], "device", "cpu"),
 ]
@@ -176,8 +182,14 @@ def test_the_plan_alone(run: Run, data: Path) -> None:
     answer = run(data, "-o", "balls", "--plan-only", "--workers", "0")
     assert answer.code == 0
     assert "plan: balls.train/plan.json (2d, 3d_fullres)" in answer.err
+    assert "3d_fullres, to be trained: patch " in answer.err
+    assert "2d, not chosen: patch " in answer.err
+    assert "prepared cases of 3d_fullres need about " in answer.err
     plan = json.loads(Path("balls.train/plan.json").read_text())
-    assert plan["configurations"]["3d_fullres"]["reasons"]
+    reasons = plan["configurations"]["3d_fullres"]["reasons"]
+    assert "patch" in reasons
+    for choice, reason in reasons.items():
+        assert f"{choice}: {reason}" in answer.err
     assert not Path("balls").exists()
 
 
@@ -201,6 +213,18 @@ def test_what_a_dataset_does_not_say(run: Run, data: Path, tmp_path: Path) -> No
     assert run(folder, "--plan-only", "--work", "w", "--workers", "0", *suffixes).code == 0
     spec = json.loads(Path("w/plan.json").read_text())["configurations"]["3d_fullres"]["spec"]
     assert [(c["name"], c["normalization"]["kind"]) for c in spec["channels"]] == [("CT", "ct")]
+
+
+def test_labels_that_nobody_named(run: Run, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "loose"
+    for part, source in (("images", "imagesTr"), ("labels", "labelsTr")):
+        shutil.copytree(data / source, folder / part)
+    Path("labels.json").write_text('{"ball": [2, 5], "bright ball": 5, "ignore": 9, "regions_class_order": [2, 5]}')
+    answer = run(folder, "--plan-only", "--work", "w", "--workers", "0", "--fold", "all", "--labels", "labels.json")
+    assert answer.code == 0, answer.err
+    spec = json.loads(Path("w/plan.json").read_text())["configurations"]["3d_fullres"]["spec"]
+    assert spec["labels"] == [{"name": "ball", "values": [2, 5]}, {"name": "bright ball", "values": [5]}]
+    assert (spec["head"]["activation"], spec["ignore"]) == ("sigmoid", 9)
 
 
 def test_arrays_that_a_window_made(run: Run, data: Path) -> None:
@@ -280,6 +304,10 @@ def write_arrays(data: Path, folder: Path) -> Path:
         (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--planner", "huge"], "training: planner"),
         (["--model", "vnet", "--patch", "20,20,20"], "multiples of 16"),
+        (["--model", "vnet", "--strides", "2,2,2"], "strides: expected three whole numbers above 0 (z, y, x) for each of four steps down"),
+        (["--elu"], "elu: it only matters with model vnet"),
+        (["--cache-storage", "zarr"], "storage: expected 'blosc2' or 'npy', got 'zarr'"),
+        (["--labels", "nowhere.json"], "nowhere.json: not a readable file of labels"),
     ],
 )
 def test_sentences(run: Run, data: Path, work: Path, flags: list[str], sentence: str) -> None:
