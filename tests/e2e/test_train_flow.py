@@ -91,7 +91,7 @@ def test_training_on_everything(tmp_path: Path, data: Path) -> None:
     assert bundle.spec.postprocess == ()
     assert any(text.startswith("validating fold all on its own 5 training cases") for text in said)
     assert [text for text in said if "mean Dice" in text] == [text for text in said if "on its own training cases" in text]
-    assert "on its own training cases" in (bundle.path / "reports" / "dice.md").read_text()
+    assert "on its own training cases" in (bundle.path / "reports" / "dice.tex").read_text()
     assert not any("in validation" in text for text in said)
     assert any(text.startswith("segrt ") and "torch " in text for text in said)
     assert any(text.startswith("device cpu; ") and "GB of memory free" in text for text in said)
