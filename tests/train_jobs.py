@@ -15,8 +15,9 @@ from factories import UNET_3D, write_case
 from torch import Tensor, distributed
 
 from segrt.networks import build
-from segrt.spec import Head
+from segrt.spec import Head, NetworkSpec
 from segrt.train.config import TrainConfig, make_config
+from segrt.train.loader import share
 from segrt.train.loop import Batch, Job, Step, train
 
 CPU = torch.device("cpu")
@@ -44,7 +45,8 @@ def make_batches(seed: int, *, size: int = 2, spoil: int | None = None) -> Calla
     In a process group every process gets its share of each batch.
     """
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    share = slice(rank * size // processes, (rank + 1) * size // processes)
+    part = share(size, rank, processes)
+    own = slice(part.first, part.last)
 
     def batches(first: int) -> Iterator[Batch]:
         number = first
@@ -54,7 +56,7 @@ def make_batches(seed: int, *, size: int = 2, spoil: int | None = None) -> Calla
             if number == spoil:
                 data[0] = np.nan
             names = [f"case_{number}_{i}" for i in range(size)]
-            yield torch.from_numpy(data[share]), (torch.from_numpy(target[share]),), names[share]
+            yield torch.from_numpy(data[own]), (torch.from_numpy(target[own]),), names[own]
             number += 1
 
     return batches
@@ -89,19 +91,35 @@ def run(job: Job) -> list[Step]:
     return steps
 
 
-def train_in_group(rank: int, processes: int, folder: str, port: int, dropout: float = 0.0, stop: int | None = None) -> None:
-    """One process of a gloo group, as torchrun would start it; the first asks to stop in iteration `stop`."""
+def train_in_group(
+    rank: int,
+    processes: int,
+    folder: str,
+    port: int,
+    dropout: float = 0.0,
+    stop: int | None = None,
+    network: NetworkSpec | None = None,
+    size: int = 2,
+) -> None:
+    """One process of a gloo group, as torchrun would start it; the first asks to stop in iteration `stop`.
+
+    network : trained without deep supervision, instead of the tiny one with it
+    size : of a common batch
+    """
 
     def progress(step: Step) -> None:
         if step.iteration == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    network = UNET_3D.model_copy(update={"dropout": dropout})
+    supervised = network is None
+    network = network or UNET_3D.model_copy(update={"dropout": dropout})
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=processes)
     try:
-        train(tiny_job(Path(folder), build=lambda: build(network, deep_supervision=True)), CPU, progress=progress)
+        part = share(size, rank, processes)
+        data = {"batches": make_batches(10, size=size), "validation": make_batches(20, size=size), "weight": part.weight(processes)}
+        train(tiny_job(Path(folder), build=lambda: build(network, deep_supervision=supervised), **data), CPU, progress=progress)
     finally:
         distributed.destroy_process_group()
 

@@ -43,6 +43,11 @@ def comma_list(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def triples(text: str | None) -> tuple[tuple[str, ...], ...] | None:
+    """Split "1,2,2/2,2,2"; None stays None."""
+    return None if text is None else tuple(comma_list(part) or () for part in text.split("/"))
+
+
 def configure_logging(*, verbose: bool) -> None:
     """Send warnings (with `verbose` everything) of the library to stderr."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)

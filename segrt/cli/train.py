@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from .common import comma_list, configure_logging, run
+from .common import comma_list, configure_logging, run, triples
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,7 +51,7 @@ def train(
         ),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Train by this plan.json instead of planning.")] = None,
-    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write the plan with its reasons, and stop.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write and show the plan with its reasons, and stop.")] = False,
     find_best: Annotated[
         bool, typer.Option("--find-best", help="Train every configuration, or those of --config; keep the best, or the best pair.")
     ] = False,
@@ -97,6 +97,7 @@ def train(
     class_weights: Annotated[
         str | None, typer.Option(help="Of the cross-entropy: a number per class, background first, or none, or batch (loss mixed).")
     ] = None,
+    dice_activation: Annotated[str | None, typer.Option(help="Of loss mixed: sigmoid or softmax.")] = None,
     batch_dice: Annotated[
         bool | None, typer.Option("--batch-dice/--image-dice", help="What dice_ce sums over; the plan's by default.", show_default=False)
     ] = None,
@@ -126,9 +127,13 @@ def train(
     ] = None,
     sliding: Annotated[bool, typer.Option("--sliding", help="All but nnunet: slide a window instead of resizing the image.")] = False,
     resampling: Annotated[str | None, typer.Option(help="All but nnunet: linear or cubic.")] = None,
+    elu: Annotated[bool, typer.Option("--elu", help="V-Net: ELU instead of PReLU.")] = False,
+    kernels: Annotated[str | None, typer.Option(help="V-Net: z,y,x of its four steps down, such as 2,2,2/2,2,2/2,2,2/2,2,2.")] = None,
+    strides: Annotated[str | None, typer.Option(help="V-Net: likewise, such as 1,2,2/2,2,2/2,2,2/2,2,2.")] = None,
     mode: Annotated[str | None, typer.Option(help="UNet++: accurate (the mean of its heads) or fast (the last one).")] = None,
     dropout: Annotated[float | None, typer.Option(help="UNet++ and U-Net: share of features left out in training.")] = None,
     cache_dtype: Annotated[str | None, typer.Option(help="float32 or float16: prepared cases on disk.")] = None,
+    cache_storage: Annotated[str | None, typer.Option(help="blosc2 (compressed) or npy: how they lie there.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Trace iterations 10 to 20 with torch's profiler.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     work: Annotated[Path | None, typer.Option(help="Folder for prepared cases and checkpoints; OUTPUT.train by default.")] = None,
@@ -137,9 +142,19 @@ def train(
         str | None, typer.Option(help="How image names end, such as _t1,_t2 (or _t1.png,_t2.png), when the layout is none of the known.")
     ] = None,
     label_suffix: Annotated[str | None, typer.Option("--label-suffix", "--mask-suffix", help="How names of label maps end.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help='What values of label maps mean, as in a dataset.json: a file with {"liver": 1, "tumour": [2, 3], "ignore": 255}.'
+        ),
+    ] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder of the label maps, when DATASET holds images only.")] = None,
     mask_threshold: Annotated[
         float | None, typer.Option(help="Label maps are grey: above is the one structure, the rest is background.")
+    ] = None,
+    npy_window: Annotated[
+        str | None,
+        typer.Option(help="Intensities .npy images hold as 0 and 255: article (-1200,600 HU), abdomen, two numbers; none: as they are."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle at OUTPUT.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False,
@@ -151,6 +166,8 @@ def train(
     Exit codes: 0 done, 2 not, 130 stopped by a signal and saved.
     """
     from ..train.config import PICTURES
+    from ..train.dataset_json import read_labels
+    from ..train.npy import parse_npy_window
     from .training import STOPPED, STOPPED_TEXT, TrainBars, describe_training, ending_on_signals, is_first, join_processes, picture_size
 
     configure_logging(verbose=verbose)
@@ -194,6 +211,7 @@ def train(
         "loss": loss,
         "coefficients": comma_list(coefficients),
         "class_weights": class_weights if class_weights in ("none", "batch") else comma_list(class_weights),
+        "dice_activation": dice_activation,
         "batch_dice": batch_dice,
         "augmentation": augmentation,
         "mirroring": mirroring,
@@ -215,9 +233,13 @@ def train(
         "window": comma_list(window) if window and "," in window else window,
         "sliding": sliding or None,
         "resampling": resampling,
+        "elu": elu or None,
+        "kernels": triples(kernels),
+        "strides": triples(strides),
         "mode": mode,
         "dropout": dropout,
         "cache": cache_dtype,
+        "storage": cache_storage,
         "profile": (10, 20) if profile else None,
     }
     options: dict[str, Any] = {
@@ -226,6 +248,8 @@ def train(
         "label_suffix": label_suffix,
         "masks": masks,
         "mask_threshold": mask_threshold,
+        **({} if labels is None else read_labels(labels)),
+        "npy_window": None if npy_window is None else parse_npy_window(npy_window),
     }
     from ..train.run import train_model
     from ..train.unread import refuse_unread

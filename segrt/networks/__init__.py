@@ -24,6 +24,7 @@ __all__ = [
     "build_empty",
     "count_flops",
     "count_parameters",
+    "freeze_unread",
     "initialize",
     "load_weights",
     "supervision_scales",
@@ -87,6 +88,21 @@ def supervision_scales(spec: NetworkSpec) -> tuple[tuple[float, ...], ...]:
     for stride in spec.strides[1:-1]:
         scales.append(tuple(share / s for share, s in zip(scales[-1], stride, strict=True)))
     return tuple(scales)
+
+
+def freeze_unread(network: nn.Module) -> None:
+    """Let heads that `forward` does not read learn nothing, in place; their tensors stay, so that weights of both forms fit each other."""
+    unread: list[nn.Module] = []
+    if isinstance(network, Network) and not network.deep_supervision:
+        match network:
+            case UNet():
+                unread = list(network.heads)[:-1]
+            case VNet():
+                unread = list(network.heads) if network.spec.deep_supervision else []
+            case UNetPP():
+                unread = [head for level, head in network.heads.items() if network.spec.mode == "fast" and level != str(network.spec.level)]
+    for head in unread:
+        head.requires_grad_(False)
 
 
 def count_parameters(network: nn.Module) -> int:

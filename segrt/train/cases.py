@@ -17,6 +17,25 @@ class TrainingCase:
     images: tuple[Path, ...]
     labels: Path | None = None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Image and label map."""
+        return (*self.images, *([self.labels] if self.labels else []))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all files are there."""
+        return all(path.exists() for path in self.files)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Files that make no case, as an image, a channel or a label map that belongs to them is not there."""
+
+    case: str
+    files: tuple[Path, ...]
+    message: str
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -38,6 +57,7 @@ class Dataset:
     labels : name -> the values it has in label maps (several for a region); "background" is (0,)
     cases : sorted by name, each with a label map
     tests : cases without labels, sorted by name
+    missing : what else lies there and is no case; such a dataset is not trained on, see `check_dataset`
     class_order : value each region is painted with, in this order; empty unless there are regions
     ignore : value of voxels nobody labelled, or None
     split : names of the cases to train on and to validate on, where the dataset itself says so (npy lists)
@@ -52,6 +72,7 @@ class Dataset:
     labels: Mapping[str, tuple[int, ...]]
     cases: tuple[TrainingCase, ...]
     tests: tuple[TrainingCase, ...] = ()
+    missing: tuple[Missing, ...] = ()
     class_order: tuple[int, ...] = ()
     ignore: int | None = None
     split: tuple[tuple[str, ...], tuple[str, ...]] | None = None
@@ -67,6 +88,11 @@ class Dataset:
             raise InputError(f"dataset {self.name}: {self.folder} holds no case with an image and a label map")
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise InputError(f"dataset {self.name}: case {twice[0]!r} is there more than once; give every case its own name")
+
+    @property
+    def arrays(self) -> bool:
+        """Whether its images are .npy files, which know no spacing and no unit."""
+        return self.cases[0].images[0].suffix == ".npy"
 
     @property
     def regions(self) -> bool:

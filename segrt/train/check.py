@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from ..arrays import Array, ProgressFn
 from ..errors import InputError
 from ..spec import Part
-from .cases import Dataset, TrainingCase
+from .cases import Dataset, Missing, TrainingCase
 from .dataset import geometry_problem, read_image, read_label_map, value_problem
 from .parallel import run_each
 
@@ -23,8 +24,8 @@ class Problem(Part):
 
     Attributes
     ----------
-    kind : "missing" file, unreadable "image" or "labels" (NaN, wrong channels, values that are not whole), other "geometry", unknown
-        label "values", or "dimensions" unlike the other cases'
+    kind : "missing" file (of a case, or what would make one of a lone image or label map), unreadable "image" or "labels" (NaN, wrong
+        channels, values that are not whole), other "geometry", unknown label "values", or "dimensions" unlike the other cases'
     files : the files it is about
     message : one sentence
     """
@@ -60,8 +61,8 @@ class CheckReport(Part):
         """The text of dataset.json in the reports."""
         return self.model_dump_json(indent=1) + "\n"
 
-    def require_ok(self) -> None:
-        """Do nothing for a sound dataset.
+    def require_ok(self, written: Path | None = None) -> None:
+        """Do nothing for a sound dataset; `written` is where all problems stand.
 
         Raises
         ------
@@ -71,6 +72,7 @@ class CheckReport(Part):
         if self.problems:
             told = "; ".join(problem.message for problem in self.problems[:_SHOWN])
             more = f"; and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
+            more += f" (see {written})" if written else ""
             raise InputError(f"dataset {self.dataset} cannot be trained on: {told}{more}")
 
 
@@ -82,7 +84,7 @@ def check_dataset(dataset: Dataset, *, workers: int = 0, progress: ProgressFn | 
     workers : processes; 0 or 1 checks in this one
     """
     looks = run_each(partial(_look, dataset=dataset), dataset.cases, workers=workers, progress=progress)
-    problems = [problem for look, _, _, _ in looks for problem in look]
+    problems = [_lone(missing) for missing in dataset.missing] + [problem for look, _, _, _ in looks for problem in look]
     problems += _dimension_problems(dataset, [dimensions for _, _, _, dimensions in looks])
     counts = np.sum([count for _, count, _, _ in looks], axis=0)
     voxels = {name: int(n) for name, n in zip(dataset.labels, counts, strict=True)}
@@ -97,9 +99,8 @@ def check_dataset(dataset: Dataset, *, workers: int = 0, progress: ProgressFn | 
 
 def _look(case: TrainingCase, *, dataset: Dataset) -> tuple[list[Problem], Array, str, int]:
     """Problems of a case, voxels per label, a warning or "", and 2 or 3 dimensions (0: unknown)."""
-    files = [*case.images, *([case.labels] if case.labels else [])]
     counts, warning, problems = np.zeros(len(dataset.labels), np.int64), "", []
-    if missing := [path for path in files if not path.exists()]:
+    if missing := [path for path in case.files if not path.exists()]:
         return [_problem(case, "missing", f"{', '.join(p.name for p in missing)} of case {case.name} is missing")], counts, "", 0
     volume = labels = None
     try:
@@ -126,8 +127,11 @@ def _look(case: TrainingCase, *, dataset: Dataset) -> tuple[list[Problem], Array
 
 
 def _problem(case: TrainingCase, kind: Kind, message: str) -> Problem:
-    files = [*case.images, *([case.labels] if case.labels else [])]
-    return Problem(case=case.name, kind=kind, files=tuple(str(path) for path in files), message=message)
+    return Problem(case=case.name, kind=kind, files=tuple(str(path) for path in case.files), message=message)
+
+
+def _lone(missing: Missing) -> Problem:
+    return Problem(case=missing.case, kind="missing", files=tuple(str(path) for path in missing.files), message=missing.message)
 
 
 def _foreground(dataset: Dataset, counts: Array) -> int:

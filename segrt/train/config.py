@@ -14,6 +14,7 @@ from ..spec import Part, Size, Triple
 
 Model = Literal["nnunet", "vnet", "unetpp", "unet"]
 PICTURES = ("unetpp", "unet")  # models whose recipe is one for pictures: lengths in passes over them, patients kept together
+WINDOWS = {"article": (-1200.0, 600.0), "abdomen": (-160.0, 240.0)}  # HU
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -70,7 +71,7 @@ class TrainConfig(Part):
     batch_size, patch, width : override the plan; width is a factor on the network's features
     window, sliding, resampling, elu, kernels, strides : of a V-Net, see `plan_vnet`; `patch` is the shape its images are resized to
     mode, dropout : of a UNet++, see `plan_unetpp`, which takes window, sliding, resampling and `patch` too
-    cache : dtype of prepared cases on disk
+    cache, storage : dtype of prepared cases on disk, and how they lie there: compressed (blosc2), or plainly (npy)
     momentum, nesterov : of SGD
     betas : of Adam and AdamW
     weight_decay : L2 regularisation as the optimizer defines it (AdamW: decoupled); `l1` adds l1 * sum |w| to the gradient's loss
@@ -123,6 +124,7 @@ class TrainConfig(Part):
     mode: Literal["accurate", "fast"] = "accurate"
     dropout: float = Field(0.0, ge=0, lt=1)
     cache: Literal["float32", "float16"] = "float32"
+    storage: Literal["blosc2", "npy"] = "blosc2"
     deep_supervision: bool = True
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(1e-2, gt=0)
@@ -326,6 +328,8 @@ def load_config(path: Path) -> TrainConfig:
 _EXPECTED = {
     "folds": "at least one, such as 0",
     "patch": "three whole numbers above 0 (z, y, x)",
+    "kernels": "three whole numbers above 0 (z, y, x) for each of four steps down, such as 2,2,2/2,2,2/2,2,2/2,2,2",
+    "strides": "three whole numbers above 0 (z, y, x) for each of four steps down, such as 1,2,2/2,2,2/2,2,2/2,2,2",
     "betas": "two numbers from 0 to below 1",
     "coefficients": "two numbers from 0 on, of cross-entropy and Dice",
     "class_weights": "none, batch, or a number from 0 on for each class, background first",

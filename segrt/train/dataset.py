@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,12 @@ from ..io import read_volume
 from ..io.cases import PICTURE_SUFFIXES, image_suffix
 from ..volume import Grid, Volume
 from .cases import Dataset, Mask, TrainingCase
-from .dataset_json import Declared, Labels, parse_labels, read_dataset_json
+from .dataset_json import Declared, Labels, parse_labels, pop_ignore, read_dataset_json
 from .layouts import IMAGES, LABELS, Found, described, listed, paired, suffixed
 from .masks import apply_mask, find_masks, grey_mask
+from .npy import read_npy
 
 __all__ = ["Dataset", "TrainingCase", "open_dataset", "read_image", "read_label_map", "read_training_case"]
-
-logger = logging.getLogger(__name__)
 
 _MOST_LABELS = 255  # more distinct values than this are intensities, not labels
 
@@ -61,8 +59,8 @@ def open_dataset(
     Raises
     ------
     InputError
-        When there is no such layout, a folder cannot be read, images or label maps are missing, or what the dataset says about itself
-        cannot be right.
+        When there is no such layout, a folder cannot be read, no image has its label map, or what the dataset says about itself, or
+        is told by an argument, cannot be right.
     """
     root = Path(path)
     if image_suffix is not None and not isinstance(image_suffix, str) and not image_suffix:
@@ -74,36 +72,39 @@ def open_dataset(
             found, declared, folder = find_masks(root, Path(masks), image_suffix, label_suffix), None, root
     except OSError as err:
         raise InputError(f"{err.filename or root} cannot be read ({err.strerror or err}); check its name and permissions") from err
+    first = next((case for case in found.cases if case.complete), found.cases[0])
     if masks is not None:
         name = name or (root.resolve().parent.name if root.name in IMAGES else None)
     if channels is None:
-        channels = declared.channels if declared else _channel_names(found.cases[0])
+        channels = declared.channels if declared else _channel_names(first)
     if mask_threshold is not None and labels is None and declared and len(declared.labels) > 2:
         raise InputError(
             f"mask_threshold: grey masks hold one structure, {folder} has {', '.join(declared.labels)}; leave the threshold out"
         )
-    mask = None if mask_threshold is None else grey_mask(mask_threshold, found.cases[0], labels)
+    mask = None if mask_threshold is None else grey_mask(mask_threshold, first, labels)
     if mask is not None:
         declared = _given(labels or {"foreground": mask.value}, ())
     elif labels is not None:
         declared = _given(labels, class_order)
     elif declared is None:
         declared = Declared((), _labels_found(found.cases), (), None, {})
-    if npy_window is None and found.cases[0].images[0].suffix == ".npy":
-        logger.warning("%s: .npy files say no spacing (taken as 1 mm) and not which intensities they hold; npy_window tells it", root)
-    return Dataset(
+    dataset = Dataset(
         name=name or folder.resolve().name,
         folder=folder,
         channels=tuple(channels),
         labels=declared.labels,
         cases=found.cases,
         tests=found.tests,
+        missing=found.missing,
         class_order=declared.class_order,
         ignore=declared.ignore,
         split=found.split,
         npy_window=npy_window,
         mask=mask,
     )
+    if npy_window is not None and not dataset.arrays:
+        raise InputError(f"npy_window: it tells what .npy files hold, and images of dataset {dataset.name} are none; leave it out")
+    return dataset
 
 
 def read_training_case(case: TrainingCase, dataset: Dataset) -> tuple[Volume, Array]:
@@ -137,7 +138,7 @@ def read_image(case: TrainingCase, dataset: Dataset) -> Volume:
         When it cannot be read or has another number of channels than the dataset.
     """
     if case.images[0].suffix == ".npy":
-        volume = _read_npy(case.images[0], dataset.npy_window)
+        volume = read_npy(case.images[0], dataset.npy_window)
     else:
         volume = read_volume(list(case.images))
     found, need = volume.data.shape[0], len(dataset.channels)
@@ -158,7 +159,7 @@ def read_label_map(case: TrainingCase, mask: Mask | None = None) -> tuple[Array,
     path = case.labels
     if path is None:
         raise InputError(f"case {case.name} has no label map")
-    volume = _read_npy(path, None) if path.suffix == ".npy" else read_volume(path)
+    volume = read_npy(path, None) if path.suffix == ".npy" else read_volume(path)
     data = volume.data
     if mask is not None:
         return apply_mask(volume, mask), volume.grid, "uint8"
@@ -229,15 +230,17 @@ def _declared(folder: Path) -> Declared | None:
 def _given(labels: Mapping[str, int | Sequence[int]], class_order: Sequence[int]) -> Declared:
     """What the caller says; the background goes without saying."""
     own = parse_labels(labels, where="labels")
-    ignore = own.pop("ignore", None)
+    ignore = pop_ignore(own, where="labels")
     background = {} if any(set(values) == {0} for values in own.values()) else {"background": (0,)}
-    return Declared((), {**background, **own}, tuple(class_order), ignore[0] if ignore else None, {})
+    return Declared((), {**background, **own}, tuple(class_order), ignore, {})
 
 
 def _labels_found(cases: Sequence[TrainingCase]) -> Labels:
     """A name for every value in the label maps."""
     values: set[int] = {0}
     for case in cases:
+        if not case.complete:
+            continue  # `check_dataset` tells of it
         labels, _, _ = read_label_map(case)
         values.update(int(v) for v in np.unique(labels))
         if len(values) > _MOST_LABELS + 1:
@@ -253,30 +256,12 @@ def _channel_names(case: TrainingCase) -> tuple[str, ...]:
     """Names for the channels of a dataset that does not name them."""
     if len(case.images) == 1:
         first = case.images[0]
-        count = len(_read_npy(first, None).data if first.suffix == ".npy" else read_volume(first).data)
+        count = len(read_npy(first, None).data if first.suffix == ".npy" else read_volume(first).data)
         if count == 3 and image_suffix(first) in PICTURE_SUFFIXES:
             return "red", "green", "blue"
     else:
         count = len(case.images)
     return ("image",) if count == 1 else tuple(f"channel {k}" for k in range(count))
-
-
-def _read_npy(path: Path, window: tuple[float, float] | None) -> Volume:
-    """An array without geometry, (Z, Y, X) or (C, Z, Y, X); `window` are the intensities of 0 and 255."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as err:
-        raise InputError(f"{path.name} cannot be read as an array of numbers ({err})") from err
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path.name} is an archive of arrays, expected one array (.npy)")
-    try:
-        volume = read_volume((array, (1.0, 1.0, 1.0)))
-    except InputError as err:
-        raise InputError(f"{path.name}: {err}") from err
-    data = volume.data
-    if window is not None:
-        data = data.astype(np.float32) * np.float32((window[1] - window[0]) / 255) + np.float32(window[0])
-    return Volume(data, volume.grid, path.name)
 
 
 def _file(path: Path | None) -> str:

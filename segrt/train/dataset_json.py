@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InputError
 
 Labels = dict[str, tuple[int, ...]]
+_ORDER = "regions_class_order"
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,66 @@ def read_dataset_json(path: Path) -> Declared:
     InputError
         When it is not JSON, lacks one of them, or a value is of another kind; the sentence names the key.
     """
+    values = _read(path, "dataset.json")
+    labels, order = _labels(values, path)
+    own = parse_labels(labels, where=f"{path}: labels")
+    ignore = pop_ignore(own, where=f"{path}: labels")
+    return Declared(_channels(values, path), own, order, ignore, values)
+
+
+def read_labels(path: Path) -> dict[str, Any]:
+    """Read what label values mean from a JSON file: {"liver": 1, "tumour": [2, 3], "ignore": 255}, or with that under "labels".
+
+    Returns
+    -------
+    dict : arguments "labels" and "class_order" of `open_dataset`; the latter from "regions_class_order", as in a dataset.json
+
+    Raises
+    ------
+    InputError
+        When it is not JSON or a value is of another kind; the sentence names the key.
+    """
+    values = _read(path, "file of labels")
+    if not isinstance(values.get("labels"), dict):
+        values = {"labels": {k: v for k, v in values.items() if k != _ORDER}, _ORDER: values.get(_ORDER)}
+    labels, order = _labels(values, path)
+    parse_labels(labels, where=f"{path}: labels")
+    return {"labels": labels, "class_order": order}
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise InputError(f"{path}: not a readable dataset.json ({err})") from err
+        raise InputError(f"{path}: not a readable {what} ({err})") from err
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def _labels(values: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """What "labels" and "regions_class_order" say."""
     declared = values.get("labels")
-    if not isinstance(declared, dict):
+    if not isinstance(declared, dict) or not declared:
         raise InputError(f"{path}: labels: expected names and values, such as {{'background': 0, 'liver': 1}}, got {declared!r}")
-    labels = parse_labels(_named_first(declared), where=f"{path}: labels")
+    order = values.get(_ORDER) or ()
+    if not isinstance(order, list | tuple) or not all(isinstance(v, int) for v in order):
+        raise InputError(f"{path}: {_ORDER}: expected a list of label values, got {order!r}")
+    return _named_first(declared), tuple(order)
+
+
+def pop_ignore(labels: Labels, *, where: str) -> int | None:
+    """Take the value to ignore out of `labels`, where there is one.
+
+    Raises
+    ------
+    InputError
+        When there are several.
+    """
     ignore = labels.pop("ignore", None)
     if ignore is not None and len(ignore) != 1:
-        raise InputError(f"{path}: labels.ignore: expected one value, got {list(ignore)}")
-    order = values.get("regions_class_order") or ()
-    if not isinstance(order, list | tuple) or not all(isinstance(v, int) for v in order):
-        raise InputError(f"{path}: regions_class_order: expected a list of label values, got {order!r}")
-    return Declared(_channels(values, path), labels, tuple(order), ignore[0] if ignore else None, values)
+        raise InputError(f"{where}.ignore: expected one value, got {list(ignore)}")
+    return ignore[0] if ignore else None
 
 
 def parse_labels(labels: Mapping[str, int | Sequence[int]], *, where: str) -> Labels:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,10 +32,18 @@ class EpochMeans:
 
 
 class EpochSums:
-    """Adds up an epoch; after a resume within one, what comes after it."""
+    """Adds up an epoch; from a checkpoint's `state` on where one ended within it."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: Mapping[str, Any] | None = None, device: torch.device | None = None) -> None:
         self._begin()
+        if state is not None:
+            self._loss, self._iterations = state["loss"], state["iterations"]
+            self._counts = [torch.tensor(counts, dtype=torch.float64, device=device) for counts in state["counts"]]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The sums so far, for a checkpoint."""
+        return {"loss": self._loss, "iterations": self._iterations, "counts": [counts.tolist() for counts in self._counts]}
 
     def _begin(self) -> None:
         self._loss, self._iterations, self._counts = 0.0, 0, list[Tensor]()

@@ -13,6 +13,7 @@ from ..report.tables import write_tables
 from .cases import Dataset
 from .folds import reports_of
 from .select import Choice
+from .splits import scored_on
 from .work import Trained, Work
 
 
@@ -37,7 +38,7 @@ def write_bundle(place: Work, target: Path, chains: Sequence[Sequence[Trained]],
     parts: dict[str, Any] = {"previous": _write_chain(place, before), "partner": partner}
     bundle = _write(last, target, {"postprocess": choice.steps}, reports, **parts, force=force)
     scores = f"mean Dice {choice.after.mean_dice:.4f}, mean IoU {choice.after.mean_iou:.4f}"
-    place.show.stage(f"{target}: {scores} in validation, ready for segrt-build and segrt-predict")
+    place.show.stage(f"{target}: {scores} {scored_on(last.folds)}, ready for segrt-build and segrt-predict")
     return bundle
 
 
@@ -89,6 +90,8 @@ def _write(
 
 def _write_tables(place: Work, trained: Trained, choice: Choice, name: str) -> None:
     write_atomic(place.folder / "reports" / "postprocess.json", choice.to_json())
-    write_tables(place.folder / "reports" / "dice", choice.table, caption=f"Dice of {trained.spec.name}, {name}")
+    write_tables(
+        place.folder / "reports" / "dice", choice.table, caption=f"Dice of {trained.spec.name}, {name}, {scored_on(trained.folds)}"
+    )
     overlap = {"without post-processing": choice.before.iou, "with post-processing": choice.after.iou}
-    write_tables(place.folder / "reports" / "iou", overlap, caption=f"IoU of {trained.spec.name}, {name}")
+    write_tables(place.folder / "reports" / "iou", overlap, caption=f"IoU of {trained.spec.name}, {name}, {scored_on(trained.folds)}")

@@ -26,13 +26,13 @@ from .cases import Dataset
 from .checkpoint import Weights
 from .config import TrainConfig
 from .configuration import Configuration
-from .loader import Batches, Stream
+from .loader import Batches, Stream, share
 from .loop import Job, ProgressStep, train
 from .override import choose_loss
 from .pictures import draw_predictions, draw_samples
 from .processes import processes, rank
 from .records import count_flops, environment
-from .splits import Split
+from .splits import Split, scored_on
 from .targets import class_names
 from .validate import Summary, validate
 
@@ -105,6 +105,7 @@ class Fold:
             config=config,
             folder=self.folder,
             plan=self.digest,
+            weight=share(configuration.batch_size, rank(), processes()).weight(processes()),
         )
 
     def batches(self, stream: Stream) -> Batches:
@@ -141,7 +142,11 @@ def train_fold(fold: Fold) -> bool:
         write_atomic(fold.folder / "config.json", fold.config.to_json())
         _describe(fold)
         draw_samples(fold)
+    table = fold.folder / "profile.txt"
+    told = table.is_file()
     finished = train(fold.job, fold.device, progress=fold.show.step)
+    if first and not told and table.is_file():
+        fold.show.stage(f"fold {fold.name}: time by operation\n{table.read_text(encoding='utf-8')}")
     if first:
         write_curves(fold.folder / "curves.png", {f"fold {fold.name}": fold.folder})
     return finished
@@ -150,12 +155,13 @@ def train_fold(fold: Fold) -> bool:
 def validate_fold(fold: Fold, dataset: Dataset, *, previous: Path | None) -> Summary:
     """Make the fold's own bundle and run its held-back cases through the runtime."""
     weights = fold.weights
-    fold.show.stage(f"validating fold {fold.name} on {len(fold.split.validation)} cases (weights of iteration {weights.iteration})")
+    cases = f"{len(fold.split.validation)} cases" if fold.name != "all" else f"its own {len(fold.split.validation)} training cases"
+    fold.show.stage(f"validating fold {fold.name} on {cases} (weights of iteration {weights.iteration})")
     bundle = Bundle.create(fold.folder / "bundle", fold.spec, weights={fold.name: weights.tensors}, force=True)
     names, folder = fold.split.validation, fold.folder / "validation"
     summary = validate(dataset, names, bundle, folder, device=runtime_device(fold.device), previous=previous, progress=fold.show.cases)
     draw_predictions(fold, dataset, summary)
-    fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}, mean IoU {summary.mean_iou:.4f}")
+    fold.show.stage(f"fold {fold.name}: mean Dice {summary.mean_dice:.4f}, mean IoU {summary.mean_iou:.4f} {scored_on([fold.name])}")
     return summary
 
 
@@ -196,6 +202,7 @@ def reports_of(folds: Mapping[str, Fold]) -> dict[str, bytes]:
         "predictions.png",
         "samples.png",
         "profile.json",
+        "profile.txt",
     )
     files = {f"fold_{name}/{file}": fold.folder / file for name, fold in folds.items() for file in wanted}
     files |= {f"fold_{name}/summary.json": fold.folder / "validation" / "summary.json" for name, fold in folds.items()}

@@ -36,7 +36,10 @@ def digest_of(dataset: Dataset) -> str:
     """SHA-256 over what a dataset declares and over its files' names, sizes and times."""
     files = [path for case in dataset.cases for path in (*case.images, case.labels) if path is not None]
     each = [entry for file in files for entry in (sorted(file.iterdir()) if file.is_dir() else [file])]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in each]
-    declared = [dataset.name, dataset.channels, dict(dataset.labels), dataset.class_order, dataset.ignore]
+    stats: list[tuple[object, ...]] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in each if file.exists()]
+    stats += [(str(file), "missing") for file in each if not file.exists()]
+    stats += [tuple(map(str, missing.files)) for missing in dataset.missing]
+    declared: list[object] = [dataset.name, dataset.channels, dict(dataset.labels), dataset.class_order, dataset.ignore]
+    declared += [] if dataset.npy_window is None else [dataset.npy_window]
     read = [] if dataset.mask is None else [[dataset.mask.threshold, dataset.mask.value]]
     return hashlib.sha256(json.dumps([declared, stats, *read]).encode()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..io.cases import find_cases, image_suffix
-from .cases import TrainingCase
+from .cases import Missing, TrainingCase
 from .dataset_json import Declared
 
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
@@ -20,10 +20,14 @@ IMAGES, LABELS = ("images", "image", "imgs"), ("labels", "label", "masks", "mask
 
 @dataclass(frozen=True)
 class Found:
-    """Cases with labels, cases without, and the split the dataset itself makes; all sorted by name."""
+    """Cases with labels, cases without, what makes no case, and the split the dataset itself makes; all sorted by name.
+
+    Files that a list names may not be there.
+    """
 
     cases: tuple[TrainingCase, ...]
     tests: tuple[TrainingCase, ...] = ()
+    missing: tuple[Missing, ...] = ()
     split: tuple[tuple[str, ...], tuple[str, ...]] | None = None
 
 
@@ -33,7 +37,7 @@ def described(folder: Path, declared: Declared) -> Found:
     Raises
     ------
     InputError
-        When files are missing, images have no label map or label maps no image, or there are not "numTraining" cases.
+        When all files are missing, no image has a label map, or there are not "numTraining" cases.
     """
     values = declared.values
     if isinstance(values.get("dataset"), dict):
@@ -42,8 +46,8 @@ def described(folder: Path, declared: Declared) -> Found:
         found = _decathlon(folder, values, len(declared.channels))
     else:
         found = _nnunet_raw(folder, len(declared.channels), values.get("file_ending"))
-        _check_count(folder, values.get("numTraining"), len(found.cases))
-    _check_exist(folder, found.cases)
+        _check_count(folder, values.get("numTraining"), len(found.cases) + len(found.missing))
+    _check_some_exist(folder, found.cases)
     return found
 
 
@@ -53,11 +57,11 @@ def listed(lists: Sequence[Path]) -> Found:
     Raises
     ------
     InputError
-        When a line is not two file names or a file is missing.
+        When a line is not two file names or no file is there.
     """
     parts = [[_line(path, number, line) for number, line in enumerate(_lines(path), 1) if line.strip()] for path in lists]
     cases = _sorted(case for part in parts for case in part)
-    _check_exist(lists[0].parent, cases)
+    _check_some_exist(lists[0].parent, cases)
     split = (_names(parts[0]), _names(parts[1])) if len(parts) == 2 else None
     return Found(cases, split=split)
 
@@ -68,7 +72,7 @@ def paired(images: Path, labels: Path) -> Found:
     Raises
     ------
     InputError
-        When images have no label map or label maps no image; the sentence names them.
+        When no image has a label map; the sentence names some.
     """
     maps = _by_stem(labels)
     files = _by_stem(images)
@@ -76,8 +80,8 @@ def paired(images: Path, labels: Path) -> Found:
     for stem, path in files.items():
         match = _CHANNEL.match(stem)
         groups.setdefault(match["case"] if match and stem not in maps and match["case"] in maps else stem, []).append(path)
-    _check_pairs(groups, maps, images, labels)
-    return Found(tuple(TrainingCase(name, tuple(groups[name]), maps[name]) for name in sorted(groups)))
+    missing = _unpaired(groups, maps, images, labels)
+    return Found(_pairs(groups, maps), missing=missing)
 
 
 def suffixed(images: Path, labels: Path, image_suffixes: Sequence[str], label_suffix: str) -> Found:
@@ -92,7 +96,7 @@ def suffixed(images: Path, labels: Path, image_suffixes: Sequence[str], label_su
     Raises
     ------
     InputError
-        When nothing fits, or a case lacks a channel or its label map.
+        When nothing fits, or every case lacks a channel or its label map.
     """
     if images == labels and label_suffix in image_suffixes:
         raise InputError(
@@ -102,15 +106,20 @@ def suffixed(images: Path, labels: Path, image_suffixes: Sequence[str], label_su
     other = label_suffix if images == labels else labels
     channels = [_keyed(images, suffix, other=other) for suffix in image_suffixes]
     groups = {key: [channel[key] for channel in channels if key in channel] for key in sorted({k for c in channels for k in c})}
-    if short := [key for key, files in groups.items() if len(files) != len(channels)]:
-        need = ", ".join(image_suffixes)
+    short = {key: files for key, files in groups.items() if len(files) != len(channels)}
+    need = ", ".join(image_suffixes)
+    if short and len(short) == len(groups):
         raise InputError(f"{images}: {len(short)} of {len(groups)} cases lack one of {need}: {_some(_title(key) for key in short)}")
     if not groups and any(image_suffixes):
         raise InputError(f"{images}: found no image whose name ends with {' or '.join(image_suffixes)}")
-    _check_pairs(groups, maps, images, labels, label_suffix)
-    last = [_title(key) for key in groups]
-    names = last if len(set(last)) == len(last) else ["_".join(part for part in key if part) for key in groups]
-    return Found(_sorted(TrainingCase(n, tuple(groups[k]), maps[k]) for n, k in zip(names, groups, strict=True)))
+    missing = _unpaired(groups, maps, images, labels, label_suffix)
+    for key, files in short.items():
+        told = f"case {_title(key)} has {', '.join(file.name for file in files)} and lacks one of {need}"
+        missing = (*missing, Missing(_title(key), tuple(files), told))
+    whole = {key: files for key, files in groups.items() if key in maps and key not in short}
+    last = [_title(key) for key in whole]
+    names = last if len(set(last)) == len(last) else ["_".join(part for part in key if part) for key in whole]
+    return Found(_sorted(TrainingCase(n, tuple(whole[k]), maps[k]) for n, k in zip(names, whole, strict=True)), missing=missing)
 
 
 def _entry(folder: Path, name: str, entry: Any) -> TrainingCase:
@@ -155,30 +164,40 @@ def _nnunet_raw(folder: Path, channels: int, ending: Any) -> Found:
             raise InputError(f"{folder}: {part.name} is missing; expected imagesTr and labelsTr beside dataset.json")
     groups = {case.name: list(case.files) for case in find_cases(images, channels, ending)}
     maps = _by_stem(labels, ending)
-    _check_pairs(groups, maps, images, labels)
-    cases = tuple(TrainingCase(name, tuple(groups[name]), maps[name]) for name in sorted(groups))
+    missing = _unpaired(groups, maps, images, labels)
+    cases = _pairs(groups, maps)
     tests = folder / "imagesTs"
     if not tests.is_dir() or not _by_stem(tests, ending):
-        return Found(cases)
-    return Found(cases, tuple(TrainingCase(case.name, case.files) for case in find_cases(tests, channels, ending)))
+        return Found(cases, missing=missing)
+    return Found(cases, tuple(TrainingCase(case.name, case.files) for case in find_cases(tests, channels, ending)), missing)
 
 
-def _check_pairs(groups: Mapping[Any, object], maps: Mapping[Any, object], images: Path, labels: Path, suffix: str = "") -> None:
-    """Refuse images without label map and label maps without image, by name."""
-    alone = [_title(key) for key in groups if key not in maps]
-    if alone:
-        ending = f" with a name that ends with {suffix}" if suffix else ""
-        raise InputError(f"{images}: {len(alone)} of {len(groups)} images have no label map{ending} in {labels}: {_some(alone)}")
-    alone = [_title(key) for key in maps if key not in groups]
-    if alone:
-        raise InputError(f"{labels}: {len(alone)} of {len(maps)} label maps have no image in {images}: {_some(alone)}")
+def _pairs(groups: Mapping[str, Sequence[Path]], maps: Mapping[str, Path]) -> tuple[TrainingCase, ...]:
+    return tuple(TrainingCase(name, tuple(groups[name]), maps[name]) for name in sorted(groups) if name in maps)
+
+
+def _unpaired(
+    groups: Mapping[Any, Sequence[Path]], maps: Mapping[Any, Path], images: Path, labels: Path, suffix: str = ""
+) -> tuple[Missing, ...]:
+    """Images without label map and label maps without image; an InputError where there are no others, as they were looked for wrongly."""
+    ending = f" with a name that ends with {suffix}" if suffix else ""
+    alone = {key: f"{groups[key][0].name} has no label map{ending} in {labels}" for key in groups if key not in maps}
+    if alone and len(alone) == len(groups):
+        raise InputError(
+            f"{images}: {len(alone)} of {len(groups)} images have no label map{ending} in {labels}: {_some(_title(key) for key in alone)}"
+        )
     if not groups:
         raise InputError(f"{images}: found no image with a label map in {labels}")
+    missing = [Missing(_title(key), tuple(groups[key]), message) for key, message in alone.items()]
+    missing += [
+        Missing(_title(k), (file,), f"label map {file.name} has no image in {images}") for k, file in maps.items() if k not in groups
+    ]
+    return tuple(missing)
 
 
-def _check_exist(folder: Path, cases: Iterable[TrainingCase]) -> None:
-    missing = [path for case in cases for path in (*case.images, *([case.labels] if case.labels else [])) if not path.exists()]
-    if missing:
+def _check_some_exist(folder: Path, cases: Sequence[TrainingCase]) -> None:
+    missing = [path for case in cases for path in case.files if not path.exists()]
+    if cases and not any(case.complete for case in cases):
         raise InputError(f"{folder}: {len(missing)} files that its list names are missing: {_some(str(path) for path in missing)}")
 
 

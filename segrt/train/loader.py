@@ -47,6 +47,10 @@ class Share:
     first: int
     last: int
 
+    def weight(self, processes: int) -> float:
+        """What makes the mean over all processes one over all elements: a mean of an uneven share counts as much as it has elements."""
+        return (self.last - self.first) * processes / self.batch
+
 
 def share(batch: int, rank: int = 0, processes: int = 1) -> Share:
     """Divide a batch among processes as nnU-Net does: the first ones get one element more where it does not divide evenly.

@@ -50,6 +50,7 @@ class Job:
     head : what the network's channels mean
     folder : of this fold: checkpoints/, training.csv, ...
     plan : SHA-256 of what the data and the network were planned as
+    weight : of this process's losses in the mean over all, where its share of a batch is larger or smaller than theirs
     """
 
     build: Callable[[], nn.Module]
@@ -61,6 +62,7 @@ class Job:
     config: TrainConfig
     folder: Path
     plan: str = ""
+    weight: float = 1.0
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -131,7 +133,8 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
         validation = stack.enter_context(opened(job.validation, validated))
         records = stack.enter_context(Records(job.folder, job.classes, iteration=start)) if first else None
         recorder = stack.enter_context(profiler(config, start, job.folder)) if first else None
-        pace, sums, overlap, skipped = _Pace(), EpochSums(), None, 0
+        pace, sums, skipped = _Pace(), EpochSums(kept.get("epoch"), device), 0
+        overlap = None if kept.get("overlap") is None else torch.tensor(kept["overlap"], dtype=torch.float64, device=device)
 
         for iteration in range(start + 1, config.iterations + 1):
             began, reading, total = time.perf_counter(), 0.0, 0.0
@@ -146,7 +149,7 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                 with synchronised(model, last=part == config.accumulation - 1):
                     with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
                         outputs = _levels(forward(data))
-                    loss, _ = job.loss(outputs, targets)
+                    loss = job.weight * job.loss(outputs, targets)[0]
                     torch.autograd.backward(scaler.scale(loss / config.accumulation))
                 total += loss.item() / config.accumulation
                 names += cases
@@ -197,7 +200,9 @@ def train(job: Job, device: torch.device, *, progress: ProgressStep | None = Non
                     records.epoch(iteration, over)
             if iteration % config.save_interval == 0 or last or stopping:
                 if records:
-                    job.checkpoints.save(iteration, parts, {"dice": dice, "average": average, "best": best, "seconds": spent})
+                    looked = None if overlap is None else overlap.tolist()
+                    scored = {"dice": dice, "average": average, "best": best, "overlap": looked}
+                    job.checkpoints.save(iteration, parts, {**scored, "seconds": spent, "epoch": sums.state})
                     records.flush()
                 wait_for_all()
             if recorder:
@@ -231,7 +236,7 @@ def _validate(
             targets = [target.to(device, non_blocking=True) for target in targets]
             with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
                 outputs = _levels(network(data.to(device, non_blocking=True, memory_format=layout)))
-            total += job.loss(outputs, targets[: len(outputs)])[0]
+            total += job.weight * job.loss(outputs, targets[: len(outputs)])[0]
             counts += _overlap(outputs[0], targets[0], job.head)
     network.train()
     add_up(counts, total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Recipe:
     Attributes
     ----------
     changes : fields of `TrainConfig`; those along axes are (x, y, z), as in the file
-    dataset_options : further arguments of `open_dataset`
+    npy_window : intensities that arrays of its dataset hold as 0 and 255, where that is known
     classes, channels : what the network is for; 0 where the file does not say
     rows : what was made of each key
     warnings : what is not honoured, or not as it stands, one sentence each
@@ -39,7 +39,7 @@ class Recipe:
     document: Document
     model: Model
     changes: Mapping[str, Any]
-    dataset_options: Mapping[str, Any]
+    npy_window: tuple[float, float] | None
     classes: int
     channels: int
     rows: tuple[Row, ...]
@@ -98,10 +98,11 @@ def import_medicalseg(
     model = chosen.pop("model", recipe.model)
     if model != recipe.model:
         raise InputError(f"model: {path} describes a {recipe.model}, not a {model}; leave --model out, or the file")
-    options = {**recipe.dataset_options, **{k: v for k, v in (dataset_options or {}).items() if v is not None}}
-    dataset = open_dataset(source or find_dataset(recipe), **options)
+    dataset = open_dataset(source or find_dataset(recipe), **{k: v for k, v in (dataset_options or {}).items() if v is not None})
+    if dataset.arrays and dataset.npy_window is None:
+        dataset = replace(dataset, npy_window=recipe.npy_window)
     own = dict(recipe.changes)
-    if dataset.cases[0].images[0].suffix != ".npy":
+    if not dataset.arrays:
         own |= {name: _reversed(own[name]) for name in _AXES if name in own}
     try:
         config = make_config(recipe.model, **{**own, **chosen})
@@ -126,12 +127,12 @@ def read_medicalseg(path: Path, *, root: Path | None = None, given: frozenset[st
     kind = network.text("type")
     if kind not in _MODELS:
         notes.refuse("model.type", kind, f"a network that segrt trains ({', '.join(_MODELS)})")
-    model, options = _MODELS[kind], dict[str, Any]()
+    model, npy_window = _MODELS[kind], None
     classes, channels = count(network, "num_classes", 0) or count(train, "num_classes", 0), count(network, "in_channels", 0)
     _read_batch(top, model)
     if model == "vnet":
         read_vnet(network, kind, classes)
-        options = read_vnet_data(train, val)
+        npy_window = read_vnet_data(train, val)
         traps.time_of_article(notes, "model.type", kind, "2")
     else:
         read_nnunet(network, train)
@@ -142,7 +143,7 @@ def read_medicalseg(path: Path, *, root: Path | None = None, given: frozenset[st
     read_schedule(top, iterations)
     read_loss(top.section("loss"), heads=_DEEP_HEADS if kind == "VNetDeepSup" else 1)
     _close(top, (network, train, val))
-    return Recipe(document, model, notes.changes, options, classes, channels, notes.in_order(document.values), tuple(notes.warnings))
+    return Recipe(document, model, notes.changes, npy_window, classes, channels, notes.in_order(document.values), tuple(notes.warnings))
 
 
 def _read_iterations(top: Section) -> int:

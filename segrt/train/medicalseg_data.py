@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import medicalseg_traps as traps
+from .config import WINDOWS
 from .medicalseg_section import Section
 from .medicalseg_transforms import read_transforms
 
-HOUNSFIELD = (-1200.0, 600.0)  # what MedicalSeg's preparation of CT maps to 0..255
+HOUNSFIELD = WINDOWS["article"]  # what MedicalSeg's preparation of CT maps to 0..255
 _CT = frozenset({"LungCoronavirus"})  # datasets whose preparation does
 _OWN_DATA = "DATASET takes its place"
 _OWN_FOLDER = "segrt works in a folder of its own (--work)"
@@ -107,8 +106,8 @@ def _drop_pretrained(section: Section) -> None:
         section.notes.warn(section.name("pretrained"), section.take("pretrained"), "Paddle's weights are not read; training begins anew")
 
 
-def read_vnet_data(train: Section, val: Section) -> dict[str, Any]:
-    """Take both datasets of a V-Net; further arguments of `open_dataset` come out."""
+def read_vnet_data(train: Section, val: Section) -> tuple[float, float] | None:
+    """Take both datasets of a V-Net; the intensities its arrays hold as 0 and 255 come out, None where that is not known."""
     notes = train.notes
     kinds = {section.name("type"): section.text("type") for section in (train, val) if "type" in section}
     for key, kind in kinds.items():
@@ -124,7 +123,7 @@ def read_vnet_data(train: Section, val: Section) -> dict[str, Any]:
         f"{HOUNSFIELD[0]:g} to {HOUNSFIELD[1]:g} HU, as MedicalSeg prepares CT" if ct else "that of CT for a channel named CT, else z-score"
     )
     notes.use("(window)", "in no file of MedicalSeg's", told, **({"window": "article"} if ct else {}))
-    return {"npy_window": HOUNSFIELD} if ct else {}
+    return HOUNSFIELD if ct else None
 
 
 def read_nnunet_data(train: Section, val: Section) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..bundle import Bundle
 from ..errors import InputError
 from .folds import runtime_device
+from .splits import scored_on
 from .validate import Summary, merge, validate
 from .work import Trained, Work
 
@@ -72,7 +73,7 @@ def _validate_fold(place: Work, parts: Sequence[Trained], fold: str) -> Summary:
         place.dataset, cases, bundle, folder / "validation", device=device, previous=_first_labels(place, parts), progress=place.show.cases
     )
     shutil.rmtree(bundle.path)
-    place.show.stage(f"{name}, fold {fold}: mean Dice {summary.mean_dice:.4f}")
+    place.show.stage(f"{name}, fold {fold}: mean Dice {summary.mean_dice:.4f} {scored_on([fold])}")
     return summary
 
 

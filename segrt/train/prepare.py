@@ -105,6 +105,23 @@ def prepare(
     return Prepared(folder, tuple(case for case in found.values() if case is not None))
 
 
+def unprepared(
+    dataset: Dataset, configuration: Configuration, folder: Path, *, dtype: DType = "float32", storage: Storage = "blosc2"
+) -> list[TrainingCase]:
+    """Cases that `prepare` has yet to make; of a cascade's second stage those never made, as the labels they need may not be there yet.
+
+    Raises
+    ------
+    InputError
+        When a case cannot be read.
+    """
+    spec = configuration.spec
+    if spec.previous is not None:
+        return [case for case in dataset.cases if not (folder / case.name / MARKER).is_file()]
+    jobs = [_Job(case, dataset, spec, folder, dtype, storage, None) for case in dataset.cases]
+    return [job.case for job in jobs if find_case(folder / job.case.name, _key(job)) is None]
+
+
 def _earlier(case: TrainingCase, spec: ModelSpec, previous: Path | None) -> Path | None:
     """The label map of the stage before."""
     if spec.previous is None:

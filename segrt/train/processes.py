@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from ..networks import freeze_unread
+
 # the others wait while the first one prepares and validates
 _PATIENCE = timedelta(days=30)
 
@@ -40,6 +42,7 @@ def parallel(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with gradients averaged over all processes; itself in a single one."""
     if not distributed.is_initialized():
         return network
+    freeze_unread(network)  # the group would wait for their gradients
     if device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     return nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None)

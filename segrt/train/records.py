@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from .. import __version__
 from ..arrays import require
 from ..errors import InputError
 from ..files import write_atomic
+from ..memory import available_bytes
 from ..report.curves import read_rows
 from .epoch import EpochMeans
 
@@ -146,13 +148,26 @@ def environment(device: torch.device) -> dict[str, object]:
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "free_memory_gb": round(available_bytes() / 1e9, 1),
         "device": str(device),
         "versions": versions,
     }
     if device.type == "cuda":
         cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "cudnn": cudnn}
+        memory = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
+        found |= {"gpu": torch.cuda.get_device_name(device), "gpu_memory_gb": memory, "cuda": torch.version.cuda, "cudnn": cudnn}
     return found
+
+
+def tell_environment(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Two lines of what `environment` found: versions, and the machine."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    gpu = f" ({found['gpu']}, {found['gpu_memory_gb']} GB, CUDA {found['cuda']}, cuDNN {found['cudnn']})" if "gpu" in found else ""
+    machine = f"{found['processor']}, {found['cores']} cores, {found['free_memory_gb']} GB of memory free"
+    return (
+        f"segrt {found['segrt']}, Python {found['python']}, {versions}",
+        f"device {found['device']}{gpu}; {found['system']}, {machine}",
+    )
 
 
 def count_flops(network: nn.Module, shape: Sequence[int]) -> int:

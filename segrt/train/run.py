@@ -14,12 +14,16 @@ from .configuration import Plan
 from .dataset import open_dataset
 from .finish import write_bundle
 from .folds import Fold, Show, train_fold, validate_fold
+from .npy import check_intensities
 from .override import choose_configuration
 from .pairs import name_candidates, split_pair, validate_candidate
 from .processes import rank, wait_for_all
-from .select import choose_best, choose_postprocess
-from .splits import covering_folds, split_of
+from .records import environment, tell_environment
+from .select import choose_best, choose_nothing, choose_postprocess
+from .space import check_space
+from .splits import covering_folds, scored_on, split_of
 from .start import check_once, check_writable, choose_device, measure_once, plan_once, prepare_cases, record_split
+from .tell import tell_plan
 from .work import Trained, Work, in_turn, labels_of
 
 
@@ -52,7 +56,7 @@ def train_model(
     work : folder for prepared cases, checkpoints and records; by default `output` with .train at its end
     shared : folder for prepared cases and what was read of the dataset, where several trainings have that in common; by default `work`
     plan : a plan.json to train by instead of planning
-    plan_only : stop when the plan is written and what would be trained by it was checked
+    plan_only : stop when the plan is written and told, and what would be trained by it was checked
     prepare_only : stop when the cases are prepared
     candidates : configurations of which the best becomes the bundle, all of the plan's when empty; without it, the config's own is trained
     pairs : every pair of the candidates is one too, see `segrt.train.pairs`
@@ -74,8 +78,9 @@ def train_model(
         check_replaceable(target, force=force)
         check_writable(target.parent, "output")
     dataset = source if isinstance(source, Dataset) else open_dataset(source, **(dataset_options or {}))
-    for fold in config.folds:
+    for fold in config.folds if not dataset.missing else ():
         split_of(dataset, config, fold)  # what cannot be split is said before anything is read
+    check_intensities(dataset, config)
     device = choose_device(config.device)
     if config.precision == "auto":
         config = config.model_copy(update={"precision": "fp16" if device.type == "cuda" else "fp32"})
@@ -93,12 +98,20 @@ def train_model(
     names = name_candidates(config.configuration, candidates, chosen.configurations, pairs=pairs)
     singles = tuple(dict.fromkeys(part for name in names for part in split_pair(name)))
     stages = {name: _stages(chosen, place, name) for name in singles}
+    trainable = {stage: choose_configuration(chosen, config, stage) for parts in stages.values() for stage, _ in parts}
+    if plan_only:
+        for line in tell_plan(chosen, trainable):
+            place.show.stage(line)
+    if rank() == 0:
+        check_space(place, trainable)
     if plan_only:
         return None
     if prepare_only:
         for (first, _), *_ in stages.values():  # what a cascade's second stage is prepared with, its first has to predict
             prepare_cases(place, choose_configuration(chosen, config, first), first)
         return None
+    for line in tell_environment(environment(device)):
+        place.show.stage(line)
     trained = dict[str, Trained]()
     for stage, folds in (part for parts in stages.values() for part in parts):
         if stage in trained and set(folds) <= trained[stage].folds.keys():
@@ -109,14 +122,16 @@ def train_model(
         trained[stage] = done
     if rank() > 0:
         return None
-    best = choose_best({name: validate_candidate(place, [trained[part] for part in split_pair(name)]) for name in names})
+    scores = {name: validate_candidate(place, [trained[part] for part in split_pair(name)]) for name in names}
+    best = choose_best(scores, where=scored_on(config.folds))
     if len(names) > 1:
         place.show.stage(best.text)
     write_atomic(place.folder / "reports" / "configurations.json", best.to_json())
     chains = [[trained[stage] for stage, _ in stages[part]] for part in split_pair(best.name)]
     # a configuration whose folds all serve a cascade is judged by all of them
     summary = best.summary if len(chains) > 1 else chains[0][-1].summary
-    choice = choose_postprocess(summary, dataset, workers=max(1, config.workers))
+    seen = any("all" in chain[-1].folds for chain in chains)
+    choice = choose_nothing(summary) if seen else choose_postprocess(summary, dataset, workers=max(1, config.workers))
     for sentence in choice.tried:
         place.show.stage(f"post-processing, {sentence}")
     return write_bundle(place, target, chains, choice, name=best.name, force=force)

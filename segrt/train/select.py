@@ -89,12 +89,18 @@ def choose_postprocess(summary: Summary, dataset: Dataset, *, workers: int = 2) 
     return Choice(steps, summary, best, tuple(tried))
 
 
+def choose_nothing(summary: Summary) -> Choice:
+    """Decide for no post-processing where a model saw all cases in training, as nnU-Net does: on those it seems to need none."""
+    return Choice((), summary, summary, ("none: fold all holds no case back that it could be chosen on",))
+
+
 @dataclass(frozen=True)
 class Best:
-    """The configuration, or pair, with the highest mean Dice, and those it was compared with."""
+    """The configuration, or pair, with the highest mean Dice, those it was compared with, and on which cases, in words."""
 
     name: str
     summaries: Mapping[str, Summary]
+    where: str = "in validation"
 
     @property
     def summary(self) -> Summary:
@@ -105,7 +111,7 @@ class Best:
     def text(self) -> str:
         """One line for all of them."""
         scores = ", ".join(f"{name} {summary.mean_dice:.4f}" for name, summary in self.summaries.items())
-        return f"mean Dice in validation: {scores}" + (f"; best: {self.name}" if len(self.summaries) > 1 else "")
+        return f"mean Dice {self.where}: {scores}" + (f"; best: {self.name}" if len(self.summaries) > 1 else "")
 
     def to_json(self) -> str:
         """The text of reports/configurations.json."""
@@ -113,8 +119,12 @@ class Best:
         return json.dumps({"best": self.name, "configurations": scores}, indent=1) + "\n"
 
 
-def choose_best(summaries: Mapping[str, Summary]) -> Best:
+def choose_best(summaries: Mapping[str, Summary], *, where: str = "in validation") -> Best:
     """Take the configuration with the highest mean Dice over the same cases; of equals the first.
+
+    Parameters
+    ----------
+    where : on which cases they were scored, in words
 
     Raises
     ------
@@ -126,7 +136,7 @@ def choose_best(summaries: Mapping[str, Summary]) -> Best:
     for name, names in cases.items():
         if different := sorted(names ^ cases[first]):
             raise InputError(f"configurations {first} and {name} cannot be compared: only one of them was validated on {different[0]}")
-    return Best(max(summaries, key=lambda name: _comparable(summaries[name].mean_dice)), dict(summaries))
+    return Best(max(summaries, key=lambda name: _comparable(summaries[name].mean_dice)), dict(summaries), where)
 
 
 def _comparable(score: float) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from ..arrays import Shape3, Spacing3
 from ..io.peek import peek
 from ..preprocess import working_grid
 from ..spec import ModelSpec
@@ -19,6 +21,7 @@ DType = Literal["float32", "float16"]
 
 _SHRINKS_TO = 0.8  # of its size: what LZ4 leaves of intensities and their labels; measured .44 (MR as it is) to 1.07 (resampled noise)
 _POINT_BYTES = 6
+_NO_SPACING = (1.0, 1.0, 1.0)  # what an array without one is taken to have
 _SLACK_BYTES = 256 * 2**20  # a worker's own Python and compiled kernels
 
 
@@ -40,10 +43,22 @@ def case_memory(case: TrainingCase, spec: ModelSpec) -> int:
 
 def _voxels(case: TrainingCase, spec: ModelSpec) -> tuple[int, int]:
     """Voxels of the image and of its working grid; zeros when the header cannot be read, which the reader will say better."""
-    header = peek(case.images)
-    if header is None:
+    shape, spacing = _header(case.images)
+    if shape is None:
         return 0, 0
-    grid, t = header[0], spec.transpose
-    turned = (grid.shape[t[0]], grid.shape[t[1]], grid.shape[t[2]])
-    working, _ = working_grid(spec, turned, (grid.spacing[t[0]], grid.spacing[t[1]], grid.spacing[t[2]]))
-    return prod(grid.shape), prod(working)
+    t = spec.transpose
+    turned = (shape[t[0]], shape[t[1]], shape[t[2]])
+    working, _ = working_grid(spec, turned, (spacing[t[0]], spacing[t[1]], spacing[t[2]]))
+    return prod(shape), prod(working)
+
+
+def _header(images: Sequence[Path]) -> tuple[Shape3 | None, Spacing3]:
+    """Shape (z, y, x) and spacing in mm."""
+    if images[0].suffix != ".npy":
+        header = peek(images)
+        return (None, _NO_SPACING) if header is None else (header[0].shape, header[0].spacing)
+    try:
+        z, y, x = np.load(images[0], mmap_mode="r", allow_pickle=False).shape[-3:]
+    except (OSError, ValueError, EOFError):
+        return None, _NO_SPACING
+    return (z, y, x), _NO_SPACING

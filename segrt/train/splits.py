@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,11 @@ def split_of(dataset: Dataset, config: TrainConfig, fold: str) -> Split:
     if own is not None and fold != "all":
         raise InputError(f"fold {fold}: dataset {dataset.name} brings one split of its own, fold 0; use --split kfold for more")
     return choose_split([case.name for case in dataset.cases], _how(config), fold, patients)
+
+
+def scored_on(folds: Iterable[str]) -> str:
+    """Which cases folds are scored on, in words: all trains on those it is scored on too."""
+    return "on its own training cases" if "all" in folds else "in validation"
 
 
 def covering_folds(dataset: Dataset, config: TrainConfig, name: str) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def check_once(place: Work) -> CheckReport:
         return found if found.ok else None
 
     report = kept(place.shared, "dataset", place.dataset, check, load)
-    report.require_ok()
+    report.require_ok(place.shared / "reports" / "dataset.json")
     for warning in report.warnings:
         place.show.stage(f"warning: {warning}")
     return report
@@ -92,9 +92,9 @@ def plan_once(place: Work, fingerprint: Fingerprint, given: str | Path | None) -
 def prepare_cases(place: Work, configuration: Configuration, name: str, *, previous: Path | None = None) -> Prepared:
     """Prepare the cases for one configuration; of a cascade's second stage, those of this training alone."""
     place.show.stage(f"{name}: preparing {len(place.dataset.cases)} cases")
-    folder = (place.shared if previous is None else place.folder) / "prepared" / name
-    options: dict[str, Any] = {"dtype": place.config.cache, "previous": previous, "progress": place.show.cases}
-    return prepare(place.dataset, configuration, folder, workers=max(1, place.config.workers), **options)
+    config, folder = place.config, place.prepared(name, cascaded=previous is not None)
+    options: dict[str, Any] = {"dtype": config.cache, "storage": config.storage, "previous": previous, "progress": place.show.cases}
+    return prepare(place.dataset, configuration, folder, workers=max(1, config.workers), **options)
 
 
 def record_split(place: Work, fold: str, split: Split, folder: Path) -> None:

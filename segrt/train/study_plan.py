@@ -16,7 +16,7 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, float]]] = {
 }
 _ENDLESS = 10**9  # iterations of a run that its minutes end
 # what a prepared case depends on
-_PREPARED = frozenset({"planner", "configuration", "memory_gb", "patch", "window", "sliding", "resampling", "cache"})
+_PREPARED = frozenset({"planner", "configuration", "memory_gb", "patch", "window", "sliding", "resampling", "cache", "storage"})
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ class Study(Part):
         """What the table of Dice shows."""
         lengths = " or ".join(dict.fromkeys(run.config.length for run in self.finished))
         cases = " or ".join(dict.fromkeys(str(run.validation) for run in self.finished))
-        return f"Dice (1 is best) on {self.dataset}, mean over {cases} validation cases, after {lengths} of training; best of a row in bold"
+        kind = "training cases of its own" if any("all" in run.config.folds for run in self.finished) else "validation cases"
+        return f"Dice (1 is best) on {self.dataset}, mean over {cases} {kind}, after {lengths} of training; best of a row in bold"
 
     @property
     def rows(self) -> list[dict[str, str]]:

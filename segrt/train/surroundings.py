@@ -82,7 +82,7 @@ def opened(batches: Callable[[int], Iterator[_T]], first: int) -> Iterator[Itera
 
 @contextmanager
 def profiler(config: TrainConfig, start: int, folder: Path) -> Iterator[Any]:
-    """torch's profiler over the iterations asked for, into profile.json (chrome://tracing); None without."""
+    """torch's profiler over the iterations asked for, into profile.json (chrome://tracing) and the table profile.txt; None without."""
     if config.profile is None or config.profile[0] < start:
         yield None
         return
@@ -92,7 +92,8 @@ def profiler(config: TrainConfig, start: int, folder: Path) -> Iterator[Any]:
 
     def write(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(folder / "profile.json"))
-        logger.info("%s: time by operation\n%s", folder, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+        (folder / "profile.txt").write_text(table, encoding="utf-8")
 
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
         yield profiler

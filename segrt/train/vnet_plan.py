@@ -22,13 +22,13 @@ from ..spec import (
     ZScoreNorm,
 )
 from .cases import Dataset
+from .config import WINDOWS
 from .configuration import UNTRAINED, Configuration, Plan, head_of, labels_of
 from .fingerprint import Fingerprint, Intensities
 
 Window = Literal["auto", "article", "abdomen", "percentile", "zscore", "none"]
 Steps = tuple[Shape3, Shape3, Shape3, Shape3]
 
-WINDOWS = {"article": (-1200.0, 600.0), "abdomen": (-160.0, 240.0)}  # HU
 BATCH = 6
 _HALVING: Steps = ((2, 2, 2),) * 4
 OVERLAP = 16  # voxels by which sliding windows overlap, at most a quarter of the patch

@@ -39,6 +39,10 @@ class Work:
         """The folder of one fold of a configuration."""
         return self.folder / name / f"fold_{fold}"
 
+    def prepared(self, name: str, *, cascaded: bool) -> Path:
+        """The folder of a configuration's prepared cases; those of a cascade's second stage belong to this training alone."""
+        return (self.folder if cascaded else self.shared) / "prepared" / name
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -61,6 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FLAGS = ("--models", "vnet", "--optimizers", "sgd,adam,adamw", "--iters", "4", "--lr", "sgd=1e30", "--validation-batches", "1")
+FLAGS += ("--no-mirroring", "--no-deep-supervision", "--l1", "adamw=1e-6", "--cache-storage", "npy")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,8 @@ def test_a_study_compares_what_did_not_fail(study: Path) -> None:
         ("vnet-adam", "finished"),
         ("vnet-adamw", "finished"),
     ]
+    assert [(run.config.mirroring, run.config.deep_supervision, run.config.storage) for run in found.runs] == [(False, False, "npy")] * 3
+    assert [run.config.l1 for run in found.runs] == [0, 0, 1e-6]
     assert "the loss became" in found.runs[0].error
     assert "ball_" in found.runs[0].error
     rows = _scores(study / "dice.csv")

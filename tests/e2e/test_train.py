@@ -18,9 +18,12 @@ from segrt.bundle import Bundle
 from segrt.files import sha256
 from segrt.io import read_labels
 from segrt.metrics import dice
+from segrt.report.curves import read_rows
 from segrt.train.validate import load_summary
 
 TINY = ["--iters", "30", "--width", "0.125", "--validation-interval", "15", "--validation-batches", "1", "--workers", "0", "--lr", "0.02"]
+LOADED = [*TINY[:-4], "--workers", "1", "--lr", "0.02", "--split", "sorted:0.6"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # sums over more threads may differ in their last digits
 
 
 def _segrt(name: str) -> list[str]:
@@ -28,7 +31,8 @@ def _segrt(name: str) -> list[str]:
 
 
 def _command(name: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    answer = subprocess.run([*_segrt(name), *map(str, arguments)], capture_output=True, text=True, check=False)
+    command = [*_segrt(name), *map(str, arguments)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ONE_THREAD)
     assert answer.returncode == code, answer.stderr
     return answer
 
@@ -38,12 +42,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset") / "data")
 
 
-def test_train_build_predict_give_the_dice_of_the_validation(tmp_path: Path, data: Path) -> None:
-    model = tmp_path / "balls"
-    told = _command("train", data, "-o", model, *TINY, "--split", "sorted:0.6").stderr
-    assert "ready for segrt-build and segrt-predict" in told
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """What was trained without a disturbance, its loader a process of its own."""
+    path = tmp_path_factory.mktemp("undisturbed") / "balls"
+    assert "ready for segrt-build and segrt-predict" in _command("train", data, "-o", path, *LOADED).stderr
+    return path
+
+
+def test_train_build_predict_give_the_dice_of_the_validation(tmp_path: Path, model: Path, data: Path) -> None:
     _command("build", model, "--device", "cpu")
-    summary = load_summary(tmp_path / "balls.train" / "3d_fullres" / "fold_0" / "validation")
+    summary = load_summary(model.with_name("balls.train") / "3d_fullres" / "fold_0" / "validation")
     assert [case.name for case in summary.cases] == ["ball_003", "ball_004"]
     assert summary.mean_dice > 0.3
 
@@ -74,10 +83,10 @@ def test_train_build_predict_give_the_dice_of_the_validation(tmp_path: Path, dat
 
 
 @pytest.mark.slow
-def test_a_stopped_training_goes_on_with_the_same_command(tmp_path: Path, data: Path) -> None:
-    arguments = [str(data), "-o", str(tmp_path / "m"), *TINY, "--split", "sorted:0.8", "--save-interval", "100"]
-    command = [*_segrt("train"), *arguments, "--log-interval", "1", "--workers", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+def test_a_stopped_training_goes_on_with_the_same_command(tmp_path: Path, model: Path, data: Path) -> None:
+    arguments = [str(data), "-o", str(tmp_path / "m"), *LOADED, "--save-interval", "100"]
+    command, environment = [*_segrt("train"), *arguments, "--log-interval", "1"], os.environ | ONE_THREAD
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("iteration 5/"):
@@ -90,7 +99,12 @@ def test_a_stopped_training_goes_on_with_the_same_command(tmp_path: Path, data: 
     told = _command("train", *arguments, "-v").stderr
     assert "going on from iteration" in told
     assert "measuring 5 cases" not in told  # check and fingerprint are kept
-    assert (tmp_path / "m" / "model.json").is_file()
+    # its losses are those of the undisturbed one, patches and augmentations included
+    both = (tmp_path / "m", model)
+    own, undisturbed = ([row["loss"] for row in read_rows(path / "reports" / "fold_0" / "training.csv")] for path in both)
+    assert len(own) == 30
+    assert own == undisturbed
+    assert sha256(tmp_path / "m" / "weights" / "0.safetensors") == sha256(model / "weights" / "0.safetensors")
     # the bundle is there: once more is an error before anything is read
     assert "pass --force" in _command("train", *arguments, code=2).stderr
 

@@ -82,10 +82,20 @@ def test_all_folds_become_members_and_validation_covers_every_case(tmp_path: Pat
 
 
 def test_training_on_everything(tmp_path: Path, data: Path) -> None:
-    """PaddleSeg#3234, #3320: no fold held back, and so no case to score the model on."""
-    bundle = train_model(data, tmp_path / "m", _config(folds=("all",)))
+    """PaddleSeg#3234, #3320: no fold held back; nothing is chosen on cases it learned by heart, nor called a validation."""
+    said = list[str]()
+    bundle = train_model(data, tmp_path / "m", _config(folds=("all",), profile=(1, 2)), show=Show(stage=said.append))
     assert bundle is not None
     assert bundle.spec.members == ("all",)
+    assert "post-processing, none: fold all holds no case back that it could be chosen on" in said
+    assert bundle.spec.postprocess == ()
+    assert any(text.startswith("validating fold all on its own 5 training cases") for text in said)
+    assert [text for text in said if "mean Dice" in text] == [text for text in said if "on its own training cases" in text]
+    assert "on its own training cases" in (bundle.path / "reports" / "dice.tex").read_text()
+    assert not any("in validation" in text for text in said)
+    assert any(text.startswith("segrt ") and "torch " in text for text in said)
+    assert any(text.startswith("device cpu; ") and "GB of memory free" in text for text in said)
+    assert any(text.startswith("fold all: time by operation\n") and "Self CPU %" in text for text in said)
     with pytest.raises(InputError, match="the training held no case back"):
         remembered(bundle)
 

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import typer
 from train_jobs import write_dataset
 
 from segrt.cli import train as train_command
 from segrt.cli.training import TrainBars, ending_on_signals, epoch_text, is_first, join_processes, step_text
+from segrt.io import read_volume
 from segrt.train.epoch import EpochMeans
 from segrt.train.loop import Step
 
@@ -60,6 +62,7 @@ def refusal(answer: Answer) -> str:
     return answer.err[answer.err.index("error: ") :]
 
 
+THIN = "1,2,2/2,2,2/2,2,2/2,2,2"
 FLAGS: list[tuple[list[str], str, Any]] = [
     (["--config", "2d"], "configuration", "2d"),
     (["-c", "2d"], "configuration", "2d"),
@@ -131,7 +134,12 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--model", "vnet", "--window=-100,50"], "window", [-100, 50]),
     (["--model", "vnet", "--sliding"], "sliding", True),
     (["--model", "vnet", "--resampling", "cubic"], "resampling", "cubic"),
+    (["--model", "vnet", "--elu"], "elu", True),
+    (["--model", "vnet", "--kernels", THIN, "--strides", THIN], "kernels", [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]),
+    (["--model", "vnet", "--kernels", THIN, "--strides", THIN], "strides", [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]),
+    (["--loss", "mixed", "--dice-activation", "softmax"], "dice_activation", "softmax"),
     (["--cache-dtype", "float16"], "cache", "float16"),
+    (["--cache-storage", "npy"], "storage", "npy"),
     (["--profile"], "profile", [10, 20]),
     (["--device", "cpu"], "device", "cpu"),
 ]
@@ -174,8 +182,14 @@ def test_the_plan_alone(run: Run, data: Path) -> None:
     answer = run(data, "-o", "balls", "--plan-only", "--workers", "0")
     assert answer.code == 0
     assert "plan: balls.train/plan.json (2d, 3d_fullres)" in answer.err
+    assert "3d_fullres, to be trained: patch " in answer.err
+    assert "2d, not chosen: patch " in answer.err
+    assert "prepared cases of 3d_fullres need about " in answer.err
     plan = json.loads(Path("balls.train/plan.json").read_text())
-    assert plan["configurations"]["3d_fullres"]["reasons"]
+    reasons = plan["configurations"]["3d_fullres"]["reasons"]
+    assert "patch" in reasons
+    for choice, reason in reasons.items():
+        assert f"{choice}: {reason}" in answer.err
     assert not Path("balls").exists()
 
 
@@ -199,6 +213,62 @@ def test_what_a_dataset_does_not_say(run: Run, data: Path, tmp_path: Path) -> No
     assert run(folder, "--plan-only", "--work", "w", "--workers", "0", *suffixes).code == 0
     spec = json.loads(Path("w/plan.json").read_text())["configurations"]["3d_fullres"]["spec"]
     assert [(c["name"], c["normalization"]["kind"]) for c in spec["channels"]] == [("CT", "ct")]
+
+
+def test_labels_that_nobody_named(run: Run, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "loose"
+    for part, source in (("images", "imagesTr"), ("labels", "labelsTr")):
+        shutil.copytree(data / source, folder / part)
+    Path("labels.json").write_text('{"ball": [2, 5], "bright ball": 5, "ignore": 9, "regions_class_order": [2, 5]}')
+    answer = run(folder, "--plan-only", "--work", "w", "--workers", "0", "--fold", "all", "--labels", "labels.json")
+    assert answer.code == 0, answer.err
+    spec = json.loads(Path("w/plan.json").read_text())["configurations"]["3d_fullres"]["spec"]
+    assert spec["labels"] == [{"name": "ball", "values": [2, 5]}, {"name": "bright ball", "values": [5]}]
+    assert (spec["head"]["activation"], spec["ignore"]) == ("sigmoid", 9)
+
+
+def test_arrays_that_a_window_made(run: Run, data: Path) -> None:
+    """The trained model gets real images: what 0 and 255 of the arrays stand for has to be said, and the plan's window is of that."""
+    lists = write_arrays(data, Path("lists"))
+    arrays = (
+        lists,
+        "--plan-only",
+        "--work",
+        "w",
+        "--workers",
+        "0",
+        "--fold",
+        "0",
+        "--model",
+        "vnet",
+        "--channels",
+        "CT",
+        "--patch",
+        "16,16,16",
+    )
+    assert "channel CT gets a window of them; say which ones 0 and 255 stand for (--npy-window -1200,600)" in refusal(run(*arrays))
+    assert "npy_window: expected article, abdomen, none, or a number" in refusal(run(*arrays, "--npy-window", "lung"))
+    assert run(*arrays, "--npy-window", "article").code == 0
+    fingerprint = json.loads(Path("w/reports/fingerprint.json").read_text())
+    assert 300 < fingerprint["intensities"][0]["percentile_99_5"] <= 600.01
+    spec = json.loads(Path("w/plan.json").read_text())["configurations"]["vnet"]["spec"]
+    assert spec["channels"][0]["normalization"] == {"kind": "hu_window", "lower": -1200.0, "upper": 600.0, "scale": 255.0}
+    assert "npy_window: it tells what .npy files hold" in refusal(run(data, "--plan-only", "--work", "o", "--npy-window", "article"))
+
+
+def write_arrays(data: Path, folder: Path) -> Path:
+    """The balls' images as the article's arrays, 0..255, in lists for training and validation."""
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for case in range(4):
+        values = read_volume(data / "imagesTr" / f"ball_{case:03d}_0000.nii.gz").data[0].astype(np.float32)
+        values = (values - values.min()) * (255 / np.ptp(values))
+        np.save(folder / "images" / f"{case}.npy", values)
+        np.save(folder / "labels" / f"{case}.npy", read_volume(data / "labelsTr" / f"ball_{case:03d}.nii.gz").data[0])
+    lines = [f"images/{case}.npy labels/{case}.npy\n" for case in range(4)]
+    (folder / "train_list.txt").write_text("".join(lines[:3]))
+    (folder / "val_list.txt").write_text(lines[3])
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -234,6 +304,10 @@ def test_what_a_dataset_does_not_say(run: Run, data: Path, tmp_path: Path) -> No
         (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--planner", "huge"], "training: planner"),
         (["--model", "vnet", "--patch", "20,20,20"], "multiples of 16"),
+        (["--model", "vnet", "--strides", "2,2,2"], "strides: expected three whole numbers above 0 (z, y, x) for each of four steps down"),
+        (["--elu"], "elu: it only matters with model vnet"),
+        (["--cache-storage", "zarr"], "storage: expected 'blosc2' or 'npy', got 'zarr'"),
+        (["--labels", "nowhere.json"], "nowhere.json: not a readable file of labels"),
     ],
 )
 def test_sentences(run: Run, data: Path, work: Path, flags: list[str], sentence: str) -> None:
@@ -256,6 +330,18 @@ def test_a_dataset_with_a_wrong_label_names_the_file(run: Run, tmp_path: Path) -
     sentence = refusal(run(folder, "--workers", "0", "--split", "sorted:0.5"))
     assert "cannot be trained on" in sentence
     assert "ball_000.nii.gz" in sentence
+
+
+def test_an_image_without_label_is_in_the_report(run: Run, tmp_path: Path) -> None:
+    """Though what is left could not be split into five folds either."""
+    folder = write_dataset(tmp_path / "data", cases=3)
+    (folder / "labelsTr" / "ball_001.nii.gz").unlink()
+    sentence = refusal(run(folder, "--workers", "0", "--work", "w"))
+    assert "cannot be trained on: ball_001_0000.nii.gz has no label map in" in sentence
+    assert sentence.endswith("(see w/reports/dataset.json)")
+    (problem,) = json.loads(Path("w/reports/dataset.json").read_text())["problems"]
+    assert (problem["case"], problem["kind"]) == ("ball_001", "missing")
+    assert problem["files"] == [str(folder / "imagesTr" / "ball_001_0000.nii.gz")]
 
 
 def test_a_problem_that_left_no_trace_is_looked_for_again(run: Run, tmp_path: Path) -> None:

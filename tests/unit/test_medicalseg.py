@@ -76,7 +76,7 @@ def test_the_articles_vnet() -> None:
         "augmentation": "article",
         "transforms": {"scale": (0.8, 1.2), "ratio": (3 / 4, 4 / 3), "degrees": 90.0, "flip": 0.5},
     }
-    assert recipe.dataset_options == {"npy_window": (-1200.0, 600.0)}
+    assert recipe.npy_window == (-1200.0, 600.0)
 
 
 def test_the_articles_nnunet() -> None:
@@ -102,7 +102,7 @@ def test_the_articles_nnunet() -> None:
         "coefficients": (1.0, 1.0),
         "batch_dice": False,
     }
-    assert recipe.dataset_options == {}
+    assert recipe.npy_window is None
 
 
 def _leaves(values: Any, where: str = "") -> list[str]:

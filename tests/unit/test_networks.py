@@ -13,9 +13,9 @@ import torch
 from segrt.errors import BuildError, SpecError
 from segrt.export.importers.nnunetv2 import read_model
 from segrt.export.importers.plans import model_spec
-from segrt.networks import build, build_empty, count_parameters, initialize, load_weights, supervision_scales
+from segrt.networks import build, build_empty, count_parameters, freeze_unread, initialize, load_weights, supervision_scales
 from segrt.networks.heads import Headed
-from segrt.spec import Head, OnnxNetwork, UNetSpec
+from segrt.spec import Head, NetworkSpec, OnnxNetwork, UNetPPSpec, UNetSpec, VNetSpec
 
 SMALL: dict[str, Any] = {
     "family": "plain_unet",
@@ -180,6 +180,31 @@ def test_every_parameter_learns_under_deep_supervision() -> None:
     sum(level.square().mean() for level in network(torch.randn(2, 2, 4, 8, 8))).backward()
     # A bias before instance normalisation cancels out; its gradient is there and about zero.
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+PP: dict[str, Any] = {"family": "unetpp", "in_channels": 2, "out_channels": 3, "features": (2, 2, 2, 2, 2), "deep_supervision": True}
+
+
+@pytest.mark.parametrize(
+    ("network", "unread"),
+    [
+        (spec(), {"heads.0"}),
+        (VNetSpec(in_channels=2, out_channels=3, width=1 / 16, deep_supervision=True), {"heads.0", "heads.1", "heads.2"}),
+        (UNetPPSpec(**PP, mode="fast"), {"heads.1", "heads.2", "heads.3"}),
+        (UNetPPSpec(**PP), set()),
+    ],
+    ids=lambda value: getattr(value, "family", ""),
+)
+def test_without_deep_supervision_heads_that_nobody_reads_learn_nothing(network: NetworkSpec, unread: set[str]) -> None:
+    patch = torch.randn(2, 2, *(32,) * network.dimensions, generator=torch.Generator().manual_seed(0))
+    for supervised in (True, False):
+        made = build(network, deep_supervision=supervised).train()
+        freeze_unread(made)
+        outputs = made(patch)
+        sum(level.square().mean() for level in (outputs if supervised else (outputs,))).backward()
+        without = {name for name, p in made.named_parameters() if p.grad is None}
+        assert without == {name for name, p in made.named_parameters() if not p.requires_grad}
+        assert {name.rpartition(".")[0] for name in without} == (set() if supervised else unread)
 
 
 def test_dropout_works_in_training_only() -> None:

@@ -18,7 +18,11 @@ from factories import write_case
 from segrt.errors import InputError
 from segrt.io import write_image
 from segrt.train.cases import Dataset, TrainingCase
+from segrt.train.check import check_dataset
+from segrt.train.config import make_config
 from segrt.train.dataset import open_dataset, read_training_case
+from segrt.train.dataset_json import read_labels
+from segrt.train.npy import check_intensities, parse_npy_window
 from segrt.volume import Grid
 
 SHAPE = (3, 4, 5)
@@ -266,12 +270,10 @@ def test_equal_names_in_several_folders_are_told_apart(tmp_path: Path) -> None:
     assert [case.name for case in open_dataset(tmp_path, label_suffix="_seg").cases] == ["p1_scan", "p2_scan"]
 
 
-def test_npy_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_npy_lists(tmp_path: Path) -> None:
     """SEEDS 2.12 g: lists came from an unsorted listing, so that pairs hung on the file system; here both names stand in one line."""
     folder = npy_lists(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        dataset = open_dataset(folder)
-    assert "npy_window" in caplog.text
+    dataset = open_dataset(folder)
     assert [case.name for case in dataset.cases] == ["a", "b", "c"]
     assert dataset.split == (("a", "c"), ("b",))
     volume, read = read_training_case(dataset.cases[0], dataset)
@@ -286,6 +288,76 @@ def test_npy_intensities_go_back_to_where_their_window_took_them_from(tmp_path: 
     np.save(tmp_path / "images" / "a.npy", np.resize(np.asarray([0, 170, 255], np.float32), SHAPE))
     volume, _ = read_training_case(dataset.cases[0], dataset)
     np.testing.assert_allclose(np.unique(volume.data), (-1200, 0, 600), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "changes", "channel"),
+    [
+        (("CT",), {"model": "vnet"}, "CT"),
+        (("CT",), {"model": "nnunet"}, "CT"),
+        (("CT",), {"model": "unet"}, "CT"),
+        (("MR",), {"model": "vnet", "window": "percentile"}, "MR"),
+        (("MR",), {"model": "vnet", "window": (0, 100)}, "MR"),
+        (("MR",), {"model": "vnet"}, ""),
+        (("MR",), {"model": "nnunet"}, ""),
+        (("CT",), {"model": "vnet", "window": "zscore"}, ""),
+    ],
+)
+def test_arrays_of_unknown_intensities_get_no_window(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, channels: tuple[str, ...], changes: dict[str, Any], channel: str
+) -> None:
+    """PaddleSeg#3298: arrays that a window had made 0..255 were windowed once more, and real images came out wrong."""
+    folder, config = npy_lists(tmp_path), make_config(**changes)
+    with caplog.at_level(logging.WARNING):
+        if channel:
+            with pytest.raises(InputError, match=f"npy_window: .* channel {channel} gets a window of them; say .*--npy-window -1200,600"):
+                check_intensities(open_dataset(folder, channels=channels), config)
+        else:
+            check_intensities(open_dataset(folder, channels=channels), config)
+            assert "npy_window tells it" in caplog.text
+            caplog.clear()
+        check_intensities(open_dataset(folder, channels=channels, npy_window=parse_npy_window("none")), config)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"liver": 1, "ignore": 9}', {"labels": {"liver": 1, "ignore": 9}, "class_order": ()}),
+        ('{"labels": {"0": "background", "1": "liver"}}', {"labels": {"background": 0, "liver": 1}, "class_order": ()}),
+        ('{"a": [1, 2], "b": 2, "regions_class_order": [1, 2]}', {"labels": {"a": [1, 2], "b": 2}, "class_order": (1, 2)}),
+        ("[]", "expected a JSON object, got a list"),
+        ("{}", "labels: expected names and values, such as"),
+        ("{", "not a readable file of labels"),
+        ('{"liver": "one"}', r"labels\.liver: expected a label value or a list of them, got 'one'"),
+    ],
+)
+def test_a_file_of_labels(tmp_path: Path, text: str, expected: Any) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text(text)
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=f"labels.json: {expected}"):
+            read_labels(path)
+    else:
+        assert read_labels(path) == expected
+
+
+def test_one_value_is_ignored(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"labels\.ignore: expected one value, got \[8, 9\]"):
+        open_dataset(pairs(tmp_path), labels={"liver": 1, "spleen": 2, "ignore": [8, 9]})
+
+
+def test_what_arrays_hold() -> None:
+    assert parse_npy_window("article") == (-1200, 600)
+    assert parse_npy_window("-160, 240") == (-160, 240)
+    for text in ("240,-160", "1", "1,2,3", "lung", ""):
+        with pytest.raises(InputError, match=r"npy_window: expected article, abdomen, none, or a number and a higher one"):
+            parse_npy_window(text)
+
+
+def test_images_with_a_unit_of_their_own_get_no_other(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"npy_window: it tells what \.npy files hold, and images of dataset .* are none; leave it out"):
+        open_dataset(pairs(tmp_path), npy_window=(-1200, 600))
 
 
 def test_grey_and_colour_pictures(tmp_path: Path) -> None:
@@ -368,13 +440,13 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "regions without order": (bad_json(labels={"background": 0, "a": [1, 2], "b": 2}), r"regions_class_order needs 2 values"),
     "order of text": (bad_json(regions_class_order="12"), r"regions_class_order: expected a list of label values, got '12'"),
     "wrong count": (bad_json(numTraining=3), r"numTraining is 3, found 2 cases; complete the copy or correct it"),
-    "image without label": (
-        spoil(nnunet_raw, lambda f: (f / "labelsTr" / "a.nii.gz").unlink()),
-        r"imagesTr: 1 of 2 images have no label map in .*labelsTr: a$",
+    "no label": (
+        spoil(nnunet_raw, lambda f: [p.rename(p.with_name(f"x{p.name}")) for p in list((f / "labelsTr").iterdir())]),
+        r"imagesTr: 2 of 2 images have no label map in .*labelsTr: a, b$",
     ),
-    "label without image": (
-        spoil(nnunet_raw, lambda f: write_case(f / "labelsTr" / "c.nii.gz", labels())),
-        r"labelsTr: 1 of 3 label maps have no image in .*imagesTr: c$",
+    "no listed file": (
+        spoil(decathlon, lambda f: (f / "labelsTr").rename(f / "elsewhere")),
+        r"2 files that its list names are missing: .*labelsTr/a\.nii\.gz, .*labelsTr/b\.nii\.gz$",
     ),
     "no labelsTr": (
         spoil(nnunet_raw, lambda f: (f / "labelsTr").rename(f / "elsewhere")),
@@ -384,20 +456,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         spoil(bad_json(channels=2), lambda f: (f / "imagesTr" / "a_0001.nii.gz").unlink()),
         r"case 'a' lacks a_0001: the model needs 2 channels",
     ),
-    "listed file gone": (
-        spoil(decathlon, lambda f: (f / "labelsTr" / "b.nii.gz").unlink()),
-        r"1 files that its list names are missing: .*labelsTr/b\.nii\.gz",
-    ),
     "listed nonsense": (lambda f: decathlon(f, training=["a"]), r"training\.0: expected 'image' and 'label', got 'a'"),
     "listed case twice": (
         lambda f: decathlon(f, training=[{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}] * 2),
         r"case 'a' is there more than once; give every case its own name",
     ),
     "dataset of nonsense": (bad_json(dataset={"a": 1}), r"dataset\.a: expected 'images' \(a list of files\) and 'label' \(a file\), got 1"),
-    "pair without label": (
-        spoil(pairs, lambda f: (f / "labels" / "b.nii.gz").unlink()),
-        r"images: 1 of 2 images have no label map in .*labels: b$",
-    ),
     "no pairs": (
         spoil(pairs, lambda f: [p.unlink() for p in [*(f / "images").iterdir(), *(f / "labels").iterdir()]]),
         r"images: found no image with a label map in",
@@ -409,10 +473,6 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "line of one name": (
         spoil(npy_lists, lambda f: (f / "val_list.txt").write_text("images/a.npy\n")),
         r"val_list\.txt, line 1: expected an image and a label map, such as",
-    ),
-    "line of a missing file": (
-        spoil(npy_lists, lambda f: (f / "images" / "a.npy").unlink()),
-        r"1 files that its list names are missing: .*images/a\.npy",
     ),
     "archive": (
         spoil(npy_lists, lambda f: (np.savez(f / "a.npz", a=1), (f / "a.npz").rename(f / "labels" / "a.npy"))),
@@ -440,13 +500,59 @@ def test_bad_folders(tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
         open_dataset(make(tmp_path))
 
 
+ALONE: dict[str, tuple[Callable[[Path], Path], str, list[str]]] = {
+    "image without label": (
+        spoil(nnunet_raw, lambda f: (f / "labelsTr" / "a.nii.gz").unlink()),
+        r"^a_0000\.nii\.gz has no label map in .*labelsTr$",
+        ["imagesTr/a_0000.nii.gz"],
+    ),
+    "label without image": (
+        spoil(nnunet_raw, lambda f: (f / "imagesTr" / "a_0000.nii.gz").unlink()),
+        r"^label map a\.nii\.gz has no image in .*imagesTr$",
+        ["labelsTr/a.nii.gz"],
+    ),
+    "pair without label": (
+        spoil(pairs, lambda f: (f / "labels" / "a.nii.gz").unlink()),
+        r"^a\.nii\.gz has no label map in .*labels$",
+        ["images/a.nii.gz"],
+    ),
+    "listed file gone": (
+        spoil(decathlon, lambda f: (f / "labelsTr" / "a.nii.gz").unlink()),
+        r"^a\.nii\.gz of case a is missing$",
+        ["imagesTr/a.nii.gz", "labelsTr/a.nii.gz"],
+    ),
+    "line of a missing file": (
+        spoil(npy_lists, lambda f: (f / "images" / "a.npy").unlink()),
+        r"^a\.npy of case a is missing$",
+        ["images/a.npy", "labels/a.npy"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_what_makes_no_case_is_reported_with_its_files(tmp_path: Path, what: str) -> None:
+    make, sentence, files = ALONE[what]
+    folder = make(tmp_path)
+    (problem,) = check_dataset(open_dataset(folder)).problems
+    assert (problem.case, problem.kind) == ("a", "missing")
+    assert re.search(sentence, problem.message), problem.message
+    assert [str(Path(file).relative_to(folder)) for file in problem.files] == files
+
+
 def test_a_case_without_one_of_its_channels_is_named(tmp_path: Path) -> None:
     for patient in ("p1", "p2"):
         write_case(tmp_path / patient / "ct.nii.gz", image())
         write_case(tmp_path / patient / "seg.nii.gz", labels())
     write_case(tmp_path / "p1" / "pet.nii.gz", image())
-    with pytest.raises(InputError, match=r"1 of 2 cases lack one of ct, pet: p2"):
-        open_dataset(tmp_path, image_suffix=("ct", "pet"), label_suffix="seg")
+    suffixes: dict[str, Any] = {"image_suffix": ("ct", "pet"), "label_suffix": "seg"}
+    dataset = open_dataset(tmp_path, **suffixes)
+    assert [case.name for case in dataset.cases] == ["p1"]
+    assert [(m.case, m.files, m.message) for m in dataset.missing] == [
+        ("p2", (tmp_path / "p2" / "ct.nii.gz",), "case p2 has ct.nii.gz and lacks one of ct, pet")
+    ]
+    (tmp_path / "p1" / "pet.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"2 of 2 cases lack one of ct, pet: p1, p2"):
+        open_dataset(tmp_path, **suffixes)
 
 
 def _rewrite(dataset: Dataset, array: np.ndarray, **grid: Any) -> None:

@@ -16,11 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from factories import UNET_3D
 from safetensors.torch import load_file
 from torch import multiprocessing
 from train_jobs import CPU, cross_entropy, make_batches, run, tiny_config, tiny_job, train_in_group
 
 from segrt.errors import InputError, SpecError
+from segrt.networks import build
 from segrt.spec import Head
 from segrt.train import loop
 from segrt.train.epoch import dice_of
@@ -69,7 +71,9 @@ def test_best_follows_the_moving_average_of_the_pseudo_dice(tmp_path: Path) -> N
     assert saved["iteration"] == best[1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "lr": 1e-3, "accumulation": 2}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "adamw", "lr": 1e-3, "accumulation": 2}, {"precision": "bf16"}, {"precision": "fp16"}]
+)
 def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(tmp_path: Path, changes: dict[str, object]) -> None:
     config = tiny_config(**changes)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -88,6 +92,46 @@ def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(tmp_path: Path, ch
         assert row == other
     for name, tensor in _last(whole).items():
         assert torch.equal(tensor, _last(parts)[name]), name
+
+
+def test_an_epoch_that_was_interrupted_is_told_whole(tmp_path: Path) -> None:
+    """With its validation Dice, which was looked at before the interruption, and the Dice of a batch before it."""
+    config = tiny_config(epoch=5, iterations=7, validation_interval=3, log_interval=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny_job(whole, config))
+
+    def stop(step: Step) -> None:
+        if step.iteration == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not train(tiny_job(parts, config), CPU, progress=stop)
+    assert [step.iteration for step in run(tiny_job(parts, config))] == [5, 6, 7]
+    rows = _rows(whole / "epochs.csv")
+    assert [row["iteration"] for row in rows] == ["5", "7"]
+    assert all(rows[0].values())
+    assert _rows(parts / "epochs.csv") == rows
+
+
+def test_where_fp16_overflows_weights_stay_and_the_scale_is_halved(tmp_path: Path) -> None:
+    started: list[dict[str, torch.Tensor]] = []
+
+    def start() -> torch.nn.Module:
+        network = build(UNET_3D, deep_supervision=True)
+        started.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        return network
+
+    def steep(outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, parts = cross_entropy(outputs, targets)
+        return 1e6 * loss, parts  # a number itself, with gradients beyond fp16's 65504
+
+    run(tiny_job(tmp_path, tiny_config(precision="fp16", iterations=1), build=start, loss=steep))
+    last = _last(tmp_path)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in started[0].items())
+    saved = json.loads((tmp_path / "checkpoints" / "iter_0000001" / "state.json").read_text())
+    assert saved["parts"]["scaler"]["scale"] == 2**15
+    run(tiny_job(tmp_path / "even", tiny_config(precision="fp16", iterations=1), build=start))
+    even = _last(tmp_path / "even")
+    assert not all(torch.equal(tensor, even[name]) for name, tensor in started[1].items())
 
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
@@ -258,6 +302,7 @@ def test_the_profiler_writes_its_trace(tmp_path: Path) -> None:
     run(tiny_job(tmp_path, tiny_config(profile=(2, 4))))
     trace = json.loads((tmp_path / "profile.json").read_text())
     assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
+    assert "Self CPU %" in (tmp_path / "profile.txt").read_text()
 
 
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
@@ -267,6 +312,26 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         assert float(a) == pytest.approx(float(b), abs=1e-5)  # the order of the sums differs
     for a, b in zip(_rows(tmp_path / "one" / "validation.csv"), _rows(tmp_path / "two" / "validation.csv"), strict=True):
         assert float(a["dice"]) == pytest.approx(float(b["dice"]), abs=1e-3)
+
+
+def test_a_batch_that_does_not_divide_evenly_is_one_batch(tmp_path: Path) -> None:
+    """Of three images one process has two: each counts a third, in the gradient as in both losses."""
+    run(tiny_job(tmp_path / "one", batches=make_batches(10, size=3), validation=make_batches(20, size=3)))
+    _in_group(tmp_path / "two", 0.0, None, None, 3)
+    for table in ("training.csv", "validation.csv"):
+        one, two = ([float(row["loss"]) for row in _rows(tmp_path / name / table)] for name in ("one", "two"))
+        assert one == pytest.approx(two, abs=1e-5)  # the order of the sums differs
+
+
+def test_two_processes_train_without_deep_supervision(tmp_path: Path) -> None:
+    """The heads of the coarser levels are there and unread: a group that waits for their gradients ends in the second iteration."""
+    steps = {"kernels": ((3, 3, 3),) * 3, "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2))}
+    network = UNET_3D.model_copy(update={"features": (4, 8, 8), "blocks": (1, 1, 1), "decoder_convs": (1, 1), **steps})
+    run(tiny_job(tmp_path / "one", build=lambda: build(network)))
+    _in_group(tmp_path / "two", 0.0, None, network)
+    one, two = (np.array(_losses(tmp_path / name), float) for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, atol=1e-5)  # the order of the sums differs
+    assert _last(tmp_path / "two").keys() == build(network).state_dict().keys()
 
 
 def test_resumed_processes_drop_what_they_would_have_dropped(tmp_path: Path) -> None:
