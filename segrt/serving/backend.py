@@ -51,7 +51,7 @@ class PipelineModel:
         how: dict[str, Any] = {"device": self._setting.device, "threads": self._setting.told.threads}
         self._predictors = Predictors(self._setting.bundle, self._watched, **how)
         self._predictors.choose(RequestOptions())
-        self._limits = Limits.here(self._setting.told.max_voxels)
+        self._limits = Limits.here(self._setting.told.max_voxels, sharing=self._setting.instances)
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Answer requests, one after the other."""
@@ -117,7 +117,7 @@ class BlsModel(PipelineModel):
             if (found.path, found.level, network.member) == (bundle.path, bundle.level, member):
                 on_gpu = setting.device != "cpu"
                 batch = gpu_batch(bundle.spec.inference.patch) if on_gpu else batch_size(bundle)
-                caller = PatchCaller(network.model, int(setting.version), batch=batch, told=self._waited.append)
+                caller = PatchCaller(network.model, int(setting.version), batch=batch, told=self._waited.append, check=self._check)
                 return Hosted(caller, setting.device) if on_gpu else caller
         raise InputError(f"model {setting.model!r} has no network for member {member!r} of {bundle.path.name}, level {bundle.level}")
 
