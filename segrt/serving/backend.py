@@ -22,6 +22,8 @@ from ..errors import InputError
 from ..protocol import PROGRESS, RequestOptions
 from .answers import answer
 from .attention import DONE, Attention, outcome_of
+from .fatal import check_fatal, mark_of, working_on
+from .files import plain_name
 from .limits import Limits
 from .metrics import Meters
 from .patch import PatchModel, failed
@@ -93,12 +95,16 @@ class PipelineModel:
         options = RequestOptions.from_parameters(request.parameters())
         self._attention = Attention(is_cancelled, _shortest(options.timeout_s, request.timeout()))
         self._attention.check()  # it may have waited long
-        setting, start = self._setting, time.perf_counter()
-        asked = read_request(views_of(request), options, setting.bundle, self._limits)
-        read_s = time.perf_counter() - start
-        segmentation = self._predictors.choose(options)(
-            asked.volume, previous=asked.previous, probabilities=options.probabilities, progress=progress
-        )
+        setting, tensors = self._setting, views_of(request)
+        mark = mark_of(tensors, options)
+        check_fatal(mark, setting.fatal, plain_name(options.name))
+        with working_on(mark):
+            start = time.perf_counter()
+            asked = read_request(tensors, options, setting.bundle, self._limits)
+            read_s = time.perf_counter() - start
+            segmentation = self._predictors.choose(options)(
+                asked.volume, previous=asked.previous, probabilities=options.probabilities, progress=progress
+            )
         seconds = {**segmentation.seconds, "read": read_s}
         self._meters.count_work(segmentation, len(asked.volume.data), seconds)
         self._meters.count_wait(sum(self._waited))

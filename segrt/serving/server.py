@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import BackendError, InputError
 from ..protocol import PATCH_SUFFIX
 from .calls import call
+from .fatal import FATAL
 from .launch import compile_models, find_tritonserver, prepare_backends, server_environment
 from .options import ServerOptions
 from .process import ServerProcess
@@ -262,9 +263,16 @@ class Server:
                 return
 
     def _revive(self, model: str) -> None:
-        """Load a model whose process died; unchanged, it would be taken for loaded, so it gets a parameter that tells how often."""
+        """Load the versions of a model that ran when its process died, and no other, such as one that was written since.
+
+        Unchanged, it would be taken for loaded, so it gets a parameter that tells how often.
+        """
         config = json.loads(self._call(f"models/{model}/config"))
-        config.setdefault("parameters", {})["RESTARTS"] = {"string_value": str(self.restarts)}
+        versions = json.loads(self._call(f"models/{model}"))["versions"]
+        config["version_policy"] = {"specific": {"versions": [int(version) for version in versions]}}
+        fatal = self._watch.fatal_to(model) if self._watch else []
+        told = {"RESTARTS": str(self.restarts), FATAL: ",".join(fatal)}
+        config.setdefault("parameters", {}).update({key: {"string_value": text} for key, text in told.items()})
         self._ask_to_load(model, {"parameters": {"config": json.dumps(config)}})
 
     def _give_up(self, why: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..bundle import Bundle
 from ..errors import SpecError
 from ..repository import Deployment
+from .fatal import fatal_in
 from .tensors import server_module
 
 
@@ -25,6 +26,7 @@ class Setting:
     told : the parameters in config.pbtxt
     bundle : of this version
     instances : requests that the model works on at once, on all devices
+    fatal : images at which its process died before, see `segrt.serving.fatal`
     """
 
     model: str
@@ -33,6 +35,7 @@ class Setting:
     told: Deployment
     bundle: Bundle
     instances: int = 1
+    fatal: frozenset[str] = frozenset()
 
     @classmethod
     def from_server(cls, args: Mapping[str, str]) -> Setting:
@@ -58,7 +61,7 @@ class Setting:
         gpu = args["model_instance_kind"] == "GPU"
         device = f"cuda:{args['model_instance_device_id']}" if gpu else "cpu"
         instances = sum(group.get("count", 1) * max(len(group.get("gpus", [])), 1) for group in config.get("instance_group", [{}]))
-        return cls(args["model_name"], version, device, told, bundle, instances)
+        return cls(args["model_name"], version, device, told, bundle, instances, fatal_in(config))
 
 
 class ServerLog(logging.Handler):

@@ -27,6 +27,7 @@ from segrt.protocol import Report, RequestOptions
 from segrt.serving import windows
 from segrt.serving.answers import answer
 from segrt.serving.attention import Abandoned, Attention, outcome_of
+from segrt.serving.fatal import check_fatal, fatal_in, image_in, mark_of, working_on
 from segrt.serving.files import plain_name
 from segrt.serving.limits import Limits, check_answer
 from segrt.serving.predictors import Predictors
@@ -179,6 +180,30 @@ def test_an_answer_that_shared_memory_has_no_room_for_is_refused_before_the_work
     ):
         check_answer("image", bundle, Grid((free // 10**6 + 1, 1000, 1000)), probabilities=False)
     check_answer("image", bundle, Grid((free // 10**6 + 1, 1000, 1000)), probabilities=False, shared=Path("/nowhere"))
+
+
+def test_an_image_is_known_by_a_mark_that_its_process_bears_while_it_is_worked_on() -> None:
+    large = np.random.default_rng(0).normal(size=(1, 40, 50, 60)).astype(np.float32)
+    image, options = {"IMAGE": large, "SPACING": np.ones(3)}, RequestOptions(name="a")
+    mark = mark_of(image, options)
+    # a repeat has less time
+    assert mark_of({**image}, options.model_copy(update={"timeout_s": 3.0})) == mark
+    others = ({**image, "SPACING": np.full(3, 2.0)}, {**image, "IMAGE": large + 1}, {"IMAGE": large[:, :39], "SPACING": np.ones(3)})
+    assert len({mark, mark_of(image, RequestOptions(name="a", step=0.9)), *(mark_of(other, options) for other in others)}) == 5
+    name = Path("/proc/self/comm")
+    before = name.read_text()
+    with working_on(mark):
+        assert image_in(name.read_text().strip()) == mark
+    assert name.read_text() == before
+    assert image_in(before.strip()) is None
+
+
+def test_an_image_that_is_fatal_is_refused() -> None:
+    fatal = fatal_in({"parameters": {"FATAL": {"string_value": "abc,def"}}})
+    check_fatal("ghi", fatal, "image")
+    with pytest.raises(InputError, match="process died twice while it worked on image"):
+        check_fatal("def", fatal, "image")
+    assert fatal_in({}) == {""}
 
 
 class ServerModule(ModuleType):
