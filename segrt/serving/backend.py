@@ -93,7 +93,8 @@ class PipelineModel:
 
     def _segment(self, request: Any, is_cancelled: Callable[[], bool], progress: ProgressFn | None) -> dict[str, Array]:
         options = RequestOptions.from_parameters(request.parameters())
-        self._attention = Attention(is_cancelled, _shortest(options.timeout_s, request.timeout()))
+        waited_s = 0.0 if options.arrived is None else max(time.time() - options.arrived, 0.0)
+        self._attention = Attention(is_cancelled, _shortest(options.timeout_s, request.timeout()), waited_s=waited_s)
         self._attention.check()  # it may have waited long
         setting, tensors = self._setting, views_of(request)
         mark = mark_of(tensors, options)

@@ -26,6 +26,7 @@ class ServerProcess:
     command : the program and its arguments
     environment : all of its variables
     show : gets each line it logs
+    pass_fds : open files it is given
 
     Attributes
     ----------
@@ -33,7 +34,9 @@ class ServerProcess:
     requests_done : set once every request has had its answer, after it was asked to end
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], show: Callable[[str], object]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], show: Callable[[str], object], *, pass_fds: Sequence[int] = ()
+    ) -> None:
         self.requests_done = threading.Event()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process = subprocess.Popen(
@@ -45,6 +48,7 @@ class ServerProcess:
             text=True,
             errors="replace",
             start_new_session=True,
+            pass_fds=pass_fds,
         )
         self.pid = self._process.pid
         self._reader = threading.Thread(target=self._read, args=(show,), name="segrt-server-log", daemon=True)

@@ -18,8 +18,9 @@ from ..errors import BackendError, InputError
 from ..protocol import PATCH_SUFFIX
 from .calls import call
 from .fatal import FATAL
+from .front import Front
 from .launch import compile_models, find_tritonserver, prepare_backends, server_environment
-from .options import ServerOptions
+from .options import ServerOptions, free_port
 from .process import ServerProcess
 from .watch import Watch, processes_of
 
@@ -66,6 +67,8 @@ class Server:
         self._name = f"segrt_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: ServerProcess | None = None
         self._watch: Watch | None = None
+        self._front: Front | None = None
+        self._inner = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.models()
 
@@ -125,7 +128,7 @@ class Server:
     def start(self) -> Server:
         """Start it and wait until every model is ready."""
         for attempt in range(_ATTEMPTS):
-            self._ports = self.options.with_free_ports()
+            self._ports, self._inner = self.options.with_free_ports(), free_port()
             try:
                 self._launch()
             except BackendError:
@@ -143,7 +146,7 @@ class Server:
         BackendError
             When it does not become ready.
         """
-        self.kill()
+        self._end()
         self._launch()
 
     def load(self, model: str) -> None:
@@ -174,6 +177,8 @@ class Server:
         try:
             if self._watch:
                 self._watch.stop()
+            if self._front:
+                self._front.drain()
             running.send(signal.SIGTERM)
             self._drain(running)
         finally:
@@ -183,15 +188,10 @@ class Server:
 
     def kill(self) -> int | None:
         """End whatever still runs, remove what it left, and give the exit code."""
-        if self._process is None:
-            return None
-        if self._watch:
-            self._watch.stop()
-        code = self._process.kill()
-        for region in Path("/dev/shm").glob(f"{self._name}*"):
-            region.unlink(missing_ok=True)
-        if self._folder is not None:
-            self._folder.cleanup()
+        code = self._end()
+        if self._front:
+            self._front.close()
+            self._front = None
         return code
 
     def __enter__(self) -> Server:
@@ -218,11 +218,25 @@ class Server:
 
     def _run(self) -> None:
         compile_models(self.repository)
+        if self._front is None:
+            self._front = Front(self.options.host, self._ports.http_port, self._inner, self._log)
         self._folder = tempfile.TemporaryDirectory(prefix=f"segrt-serve-{os.getpid()}-")
         backends = prepare_backends(self.installation, Path(self._folder.name))
-        arguments = self._ports.server_arguments(self.repository, backends, name=self._name, key=self._key)
+        arguments = self._ports.server_arguments(self.repository, backends, http=self._inner, name=self._name, key=self._key)
         environment = server_environment(self.installation, os.environ) | dict(self.options.environment)
         self._process = ServerProcess([str(self.installation.program), *arguments], environment, self._log)
+
+    def _end(self) -> int | None:
+        if self._process is None:
+            return None
+        if self._watch:
+            self._watch.stop()
+        code = self._process.kill()
+        for region in Path("/dev/shm").glob(f"{self._name}*"):
+            region.unlink(missing_ok=True)
+        if self._folder is not None:
+            self._folder.cleanup()
+        return code
 
     def _log(self, line: str) -> None:
         if self._show is not None and self.options.shows(line):
@@ -230,7 +244,7 @@ class Server:
 
     def _lost_a_port(self) -> bool:
         """Whether somebody else took one that we had chosen, between the choice and its use."""
-        chosen = set(self._ports.ports) - set(self.options.ports)
+        chosen = {*self._ports.ports, self._inner} - set(self.options.ports)
         return _BUSY in self.reason and any(f":{port}" in self.reason for port in chosen)
 
     def _was_starved(self) -> bool:

@@ -216,6 +216,12 @@ class Command:
         found = re.search(r"http://(\S+)", self.said)
         self.http = found[1] if found else ""
 
+    @property
+    def server(self) -> int:
+        """Process of its tritonserver."""
+        (found,) = [pid for pid, (name, _) in segrt.serving.watch._children(self.process.pid).items() if name == "tritonserver"]
+        return found
+
     def end(self, number: signal.Signals | None = None) -> tuple[int, str]:
         """Exit code and what it said on stderr."""
         if number is not None:
@@ -302,7 +308,7 @@ def test_triton_client_sends_images_where_a_server_refuses_to_share_memory(tmp_p
 def test_triton_server_that_dies_is_started_again_at_the_same_address(echo: Path, started: list[Command]) -> None:
     command = Command(echo)
     started.append(command)
-    (server,) = segrt.serving.watch._children(command.process.pid)
+    server = command.server
     os.kill(server, signal.SIGKILL)
     assert command.process.stderr is not None
     said = ""
@@ -311,7 +317,7 @@ def test_triton_server_that_dies_is_started_again_at_the_same_address(echo: Path
         assert line, said
         said += line
     assert "error: tritonserver ended by itself with code -9" in said
-    assert segrt.serving.watch._children(command.process.pid).keys() != {server}
+    assert command.server != server
     assert ask_echo(command.http)
     assert command.end(signal.SIGTERM)[0] == 0
 
@@ -319,7 +325,7 @@ def test_triton_server_that_dies_is_started_again_at_the_same_address(echo: Path
 def test_triton_command_ends_as_its_server_does_when_another_cannot_be_started(echo: Path, started: list[Command]) -> None:
     command = Command(echo)
     started.append(command)
-    (server,) = segrt.serving.watch._children(command.process.pid)
+    server = command.server
     (echo / "echo" / "1" / "model.py").write_text("import nowhere\n")
     os.kill(server, signal.SIGKILL)
     code, errors = command.end()

@@ -94,7 +94,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, str], sentence: s
 
 
 def arguments_of(options: ServerOptions) -> list[str]:
-    return options.server_arguments(Path("models"), Path("backends"), name="segrt_", key="secret")
+    return options.server_arguments(Path("models"), Path("backends"), http=1234, name="segrt_", key="secret")
 
 
 def test_by_default_nobody_else_reaches_the_server_or_replaces_its_models() -> None:
