@@ -253,12 +253,17 @@ class Server:
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + self.options.ready_s
+        is_hidden = False
         while not self._is_ready():
+            # who reads the key on the command line can have this user run programs; a server that logs has read it
+            is_hidden = is_hidden or (bool(self.log) and self._running.hide(self._key))
             if not self.is_running:
                 raise BackendError(f"tritonserver ended with code {self.wait()} before it was ready: {self.reason}")
             if time.monotonic() > until:
                 raise BackendError(f"tritonserver was not ready after {self.options.ready_s:g} s (ready_s, --ready-timeout): {self.reason}")
             time.sleep(_POLL_S)
+        if not (is_hidden or self._running.hide(self._key)):
+            logger.warning("users of this machine can read the key that lets models be loaded, in /proc/%d/cmdline", self.pid)
 
     def _is_ready(self) -> bool:
         """Whether every model is ready; the server itself says so, and by its name that it is ours and not another one at that port."""

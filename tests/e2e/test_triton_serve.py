@@ -184,6 +184,10 @@ def test_triton_clients_load_models_only_where_they_may(echo: Path) -> None:
         first = ask_echo(server.http)
         with pytest.raises(RefusedError, match="403"):
             post(server.http, "repository/models/echo/load", {})
+        # nor do they learn the key
+        seen = Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert b"segrt-key=xxxx" in seen
+        assert server._key.encode() not in seen
         # unchanged: not loaded again
         server.reload()
         assert ask_echo(server.http) == first
