@@ -19,7 +19,7 @@ from ..protocol import PATCH_SUFFIX
 from .calls import call
 from .fatal import FATAL
 from .front import Front
-from .launch import compile_models, find_tritonserver, prepare_backends, server_environment
+from .launch import compile_models, find_tritonserver, prepare_backends, server_environment, warn_of_little_shared_memory
 from .options import ServerOptions, free_port
 from .process import ServerProcess
 from .watch import Watch, processes_of
@@ -127,6 +127,7 @@ class Server:
 
     def start(self) -> Server:
         """Start it and wait until every model is ready."""
+        warn_of_little_shared_memory()
         for attempt in range(_ATTEMPTS):
             self._ports, self._inner = self.options.with_free_ports(), free_port()
             try:
