@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -37,14 +41,64 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_bytes() -> int:
-    """Memory that new work can take without swapping, in bytes; 0 where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that new work can take without swapping, in bytes: what the machine has left, and no more than a container's limit leaves.
+
+    Parameters
+    ----------
+    root : where proc/ and sys/ are
+
+    Returns
+    -------
+    int
+        At least 1; 0 where the system does not tell.
+    """
+    left = [*_left_on_machine(root), *_left_in_groups(root)]
+    return max(min(left), 1) if left else 0
+
+
+def _left_on_machine(root: Path) -> Iterator[int]:
+    meminfo = root / "proc/meminfo"
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
+                yield int(line.split()[1]) * 1024
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What the limits of this process's control groups leave: its own, and those it lies in."""
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        number, controllers, path = line.split(":", 2)
+        kind = _VERSION_2 if number == "0" else _VERSION_1 if "memory" in controllers.split(",") else None
+        if kind is None:
+            continue
+        # a container often sees its own group as the root of all, under a path that only its host has
+        parts = (part for part in path.split("/") if part not in ("", ".."))
+        for group in accumulate(parts, Path.joinpath, initial=root / kind.folder):
+            yield from kind.left(group)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Files in which control groups tell of their memory; what they hold of files that are not in use is given up for new work."""
+
+    folder: str
+    limit: str
+    usage: str
+    inactive: str
+
+    def left(self, group: Path) -> Iterator[int]:
+        with suppress(OSError):  # no such group here
+            limit = (group / self.limit).read_text().strip()
+            if limit != "max":
+                held = int((group / self.usage).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield int(limit) - max(held - int(stat.get(self.inactive, 0)), 0)
+
+
+_VERSION_2 = _Groups("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+_VERSION_1 = _Groups("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def case_bytes(

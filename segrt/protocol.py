@@ -19,6 +19,8 @@ IMAGE, IMAGE_INT16, FILE = "IMAGE", "IMAGE_INT16", "FILE"
 FILE_SIZES, SPACING, ORIGIN, DIRECTION, PREVIOUS = "FILE_SIZES", "SPACING", "ORIGIN", "DIRECTION", "PREVIOUS"
 # outputs
 LABELS, PROBABILITIES, LABEL_FILE, REPORT, PROGRESS = "LABELS", "PROBABILITIES", "LABEL_FILE", "REPORT", "PROGRESS"
+# a parameter of requests over HTTP, which segrt-serve adds: when they came
+ARRIVED = "segrt-arrived"
 # of the bare engine: named as in the ONNX files that are exported here, so that a server's own backends can take its place
 PATCHES, LOGITS = "patches", "logits"
 
@@ -86,6 +88,7 @@ class RequestOptions(BaseModel):
     format : suffix of the LABEL_FILE wanted, such as ".nii.gz"; none by default
     name : what the image is called in sentences and reports
     timeout_s : seconds after which the server gives up; none by default ("timeout" is a parameter of the server's own, in microseconds)
+    arrived : when the request came, in seconds since 1970 by the server's clock; segrt-serve says so over HTTP, clients do not
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -98,6 +101,7 @@ class RequestOptions(BaseModel):
     format: str | None = None
     name: Annotated[str, Field(max_length=255)] = "image"
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    arrived: Annotated[float | None, Field(alias=ARRIVED, allow_inf_nan=False)] = None
 
     @classmethod
     def from_parameters(cls, parameters: str | Mapping[str, Any]) -> RequestOptions:
@@ -116,7 +120,9 @@ class RequestOptions(BaseModel):
             first = err.errors()[0]
             option = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
-                raise InputError(f"unknown option {option!r}; this model takes {', '.join(cls.model_fields)}") from err
+                raise InputError(
+                    f"unknown option {option!r}; this model takes {', '.join(name for name in cls.model_fields if name != 'arrived')}"
+                ) from err
             raise InputError(f"option {option!r}: {first['msg']}, got {first['input']!r}") from err
 
     def to_parameters(self) -> dict[str, bool | str]:

@@ -10,7 +10,7 @@ from ..bundle import Bundle
 from ..engines import read_build
 from ..engines.batches import gpu_batch
 from ..engines.onnxrt import CUDA_SETTINGS
-from ..engines.openvino import open_core
+from ..engines.openvino import batch_size, open_core
 from ..protocol import LOGITS, PATCHES
 from ..repository import Network
 from ..spec import ModelSpec, OnnxNetwork
@@ -106,23 +106,28 @@ def onnxruntime_config(native: Native) -> Message:
         **_tensors(native),
         "instance_group": instances(native.export.device, 1),
         "dynamic_batching": _batching(batch),
-        # level 1 is every optimisation there is
-        "optimization": {"graph": {"level": 1}, **({"execution_accelerators": accelerators} if on_gpu else {})},
+        # without a level of its own the graph gets every optimisation there is
+        **({"optimization": {"execution_accelerators": accelerators}} if on_gpu else {}),
         **_tail(native, batch, {"intra_op_thread_count": "0", "execution_mode": "0"}),
     }
 
 
 def openvino_config(native: Native) -> Message:
-    """For the ONNX file in model.onnx, on the CPU."""
-    batch, most = batches(native.bundle.spec, 1)
+    """For the ONNX file in model.onnx, on the CPU.
+
+    That backend compiles the network for batches of `max_batch_size` and no others: fewer windows are padded to it, or refused. So it is
+    the batch that segrt's own engine has, which is one for volumes.
+    """
+    batch = batch_size(native.bundle)
+    padding = {"ENABLE_BATCH_PADDING": "YES"} if batch > 1 else {}
     return {
         **_head(native, "openvino"),
         "default_model_filename": "model.onnx",
-        "max_batch_size": most,
+        "max_batch_size": batch,
         **_tensors(native),
         "instance_group": instances("cpu", 1),
         "dynamic_batching": _batching(batch),
-        **_tail(native, batch, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}),
+        **_tail(native, batch, {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", **padding}),
     }
 
 

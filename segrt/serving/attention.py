@@ -29,15 +29,21 @@ class Attention:
     Parameters
     ----------
     is_cancelled : asks the server whether the client has given up
-    timeout_s : seconds from now after which we do; never by default
+    timeout_s : seconds after which we do; never by default
+    waited_s : seconds of them that have passed, such as in the queue
     clock : seconds
     """
 
     def __init__(
-        self, is_cancelled: Callable[[], bool], timeout_s: float | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        is_cancelled: Callable[[], bool],
+        timeout_s: float | None = None,
+        *,
+        waited_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._is_cancelled, self._timeout_s, self._clock = is_cancelled, timeout_s, clock
-        self._start, self._asked = clock(), -inf
+        self._start, self._asked = clock() - waited_s, -inf
 
     def check(self) -> None:
         """Raise `Abandoned` when the work is for nobody."""

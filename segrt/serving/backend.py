@@ -22,6 +22,8 @@ from ..errors import InputError
 from ..protocol import PROGRESS, RequestOptions
 from .answers import answer
 from .attention import DONE, Attention, outcome_of
+from .fatal import check_fatal, mark_of, working_on
+from .files import plain_name
 from .limits import Limits
 from .metrics import Meters
 from .patch import PatchModel, failed
@@ -51,7 +53,7 @@ class PipelineModel:
         how: dict[str, Any] = {"device": self._setting.device, "threads": self._setting.told.threads}
         self._predictors = Predictors(self._setting.bundle, self._watched, **how)
         self._predictors.choose(RequestOptions())
-        self._limits = Limits.here(self._setting.told.max_voxels)
+        self._limits = Limits.here(self._setting.told.max_voxels, sharing=self._setting.instances)
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Answer requests, one after the other."""
@@ -91,14 +93,19 @@ class PipelineModel:
 
     def _segment(self, request: Any, is_cancelled: Callable[[], bool], progress: ProgressFn | None) -> dict[str, Array]:
         options = RequestOptions.from_parameters(request.parameters())
-        self._attention = Attention(is_cancelled, _shortest(options.timeout_s, request.timeout()))
+        waited_s = 0.0 if options.arrived is None else max(time.time() - options.arrived, 0.0)
+        self._attention = Attention(is_cancelled, _shortest(options.timeout_s, request.timeout()), waited_s=waited_s)
         self._attention.check()  # it may have waited long
-        setting, start = self._setting, time.perf_counter()
-        asked = read_request(views_of(request), options, setting.bundle, self._limits)
-        read_s = time.perf_counter() - start
-        segmentation = self._predictors.choose(options)(
-            asked.volume, previous=asked.previous, probabilities=options.probabilities, progress=progress
-        )
+        setting, tensors = self._setting, views_of(request)
+        mark = mark_of(tensors, options)
+        check_fatal(mark, setting.fatal, plain_name(options.name))
+        with working_on(mark):
+            start = time.perf_counter()
+            asked = read_request(tensors, options, setting.bundle, self._limits)
+            read_s = time.perf_counter() - start
+            segmentation = self._predictors.choose(options)(
+                asked.volume, previous=asked.previous, probabilities=options.probabilities, progress=progress
+            )
         seconds = {**segmentation.seconds, "read": read_s}
         self._meters.count_work(segmentation, len(asked.volume.data), seconds)
         self._meters.count_wait(sum(self._waited))
@@ -117,7 +124,7 @@ class BlsModel(PipelineModel):
             if (found.path, found.level, network.member) == (bundle.path, bundle.level, member):
                 on_gpu = setting.device != "cpu"
                 batch = gpu_batch(bundle.spec.inference.patch) if on_gpu else batch_size(bundle)
-                caller = PatchCaller(network.model, int(setting.version), batch=batch, told=self._waited.append)
+                caller = PatchCaller(network.model, int(setting.version), batch=batch, told=self._waited.append, check=self._check)
                 return Hosted(caller, setting.device) if on_gpu else caller
         raise InputError(f"model {setting.model!r} has no network for member {member!r} of {bundle.path.name}, level {bundle.level}")
 

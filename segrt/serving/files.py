@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
+from math import prod
 from pathlib import Path
 
 from ..arrays import Array
@@ -51,8 +52,11 @@ def read_files(content: Array, sizes: Array | None, name: str, channels: Sequenc
     parts = _split(content, sizes, len(channels))
     with _folder() as folder:
         paths = [_write(folder, part, name, number if len(parts) > 1 else None) for number, part in enumerate(parts)]
+        announced = 0
         for path in paths:
-            limits.check_voxels(path.name, count_voxels(path))
+            shape = count_voxels(path)
+            limits.check_voxels(path.name, shape, beside=announced)
+            announced += prod(shape)
         return read_volume(paths, channels)
 
 

@@ -24,6 +24,7 @@ _REASONS: dict[int, Reason] = {
     400: "invalid",
     404: "unknown",
     408: "late",
+    413: "invalid",
     429: "unavailable",
     499: "cancelled",
     502: "unavailable",

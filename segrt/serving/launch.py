@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import py_compile
 import re
@@ -20,6 +21,9 @@ HOW_TO_GET = (
     "install its wheel with `pip install --no-deps nvidia-pytriton==0.7.0`, or run segrt-serve inside the container image "
     "nvcr.io/nvidia/tritonserver (see deploy/)"
 )
+logger = logging.getLogger(__name__)
+
+_LITTLE_SHARED = 2**29
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STUB = "triton_python_backend_stub"
 _THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -157,6 +161,13 @@ def _python_library() -> Path:
 
 def _joined(first: list[str] | dict[str, None], then: str | None) -> str:
     return os.pathsep.join([*first, *([then] if then else [])])
+
+
+def warn_of_little_shared_memory(folder: Path = Path("/dev/shm")) -> None:
+    """Warn when the memory through which images reach the models is what a container has that was given none."""
+    total = shutil.disk_usage(folder).total if folder.is_dir() else _LITTLE_SHARED
+    if total < _LITTLE_SHARED:
+        logger.warning("%s has %.0f MB, which is too little for volumes; give it more (docker run --shm-size 8g)", folder, total / 2**20)
 
 
 def compile_models(repository: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+
+import numpy as np
 
 from ..bundle import Bundle
-from ..errors import InputError
-from ..memory import available_bytes, case_bytes
+from ..errors import BackendError, InputError
+from ..memory import available_bytes, case_bytes, resident_bytes
 from ..slabs import working_shape
 from ..spec import ModelSpec
 from ..volume import Grid
@@ -20,6 +24,7 @@ _BYTES_PER_VOXEL = 16
 _LARGEST_MM = 1e6
 # a whole-body CT at a quarter of a window takes some ten thousand; their plan alone would take seconds and gigabytes beyond this
 _MOST_WINDOWS = 2**19
+_SHARED = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,33 @@ class Limits:
     ----------
     voxels : over all channels
     bytes : of memory while it is worked on; 0 where the system does not tell what it has
+    sharing : requests that the model works on at once
+    left : tells the bytes that are free at this moment, for this process; 0 where the system does not tell
     """
 
     voxels: int
     bytes: int
+    sharing: int = 1
+    left: Callable[[], int] = lambda: 0
 
     @classmethod
-    def here(cls, max_voxels: int | None = None) -> Limits:
-        """Decide by the memory there is now; `max_voxels` comes first."""
-        free = available_bytes()
-        return cls(max_voxels or (free // _BYTES_PER_VOXEL if free else 2**40), free)
+    def here(cls, max_voxels: int | None = None, *, sharing: int = 1) -> Limits:
+        """Decide by the memory there is now, of which `sharing` requests at once get equal parts; `max_voxels` comes first."""
+        share, idle = available_bytes() // sharing, resident_bytes()
+        # what this process took since then, for an earlier image, it can use again
+        return cls(
+            max_voxels or (share // _BYTES_PER_VOXEL if share else 2**40),
+            share,
+            sharing,
+            lambda: available_bytes() + max(0, resident_bytes() - idle),
+        )
 
-    def check_voxels(self, name: str, shape: Sequence[int]) -> None:
+    def check_voxels(self, name: str, shape: Sequence[int], *, beside: int = 0) -> None:
         """Refuse a shape with too many voxels, or none.
+
+        Parameters
+        ----------
+        beside : voxels of the image's other files
 
         Raises
         ------
@@ -52,9 +71,11 @@ class Limits:
         sizes = " x ".join(map(str, shape))
         if min(shape, default=0) < 1:
             raise InputError(f"{name} has an axis of size 0 ({sizes} voxels), expected at least one voxel along each axis")
-        if prod(map(int, shape)) > self.voxels:
+        if prod(map(int, shape)) + beside > self.voxels:
+            others = f" beside {beside} of other channels" if beside else ""
             raise InputError(
-                f"{name} announces {sizes} voxels, this server takes at most {self.voxels} in all; crop it, or send it in coarser voxels"
+                f"{name} announces {sizes} voxels{others}, this server takes at most {self.voxels} in all; crop it, or send it in coarser "
+                "voxels"
             )
 
     def check_work(self, name: str, bundle: Bundle, grid: Grid, itemsize: int, *, probabilities: bool, step: float | None) -> None:
@@ -64,19 +85,50 @@ class Limits:
         ------
         InputError
             With what is needed and what there is.
+        BackendError
+            When the memory it needs is there, but taken at this moment.
         """
         if max(grid.spacing) > _LARGEST_MM:
             raise InputError(f"{name} has a spacing of {grid.spacing} mm, expected at most {_LARGEST_MM:g}")
         partner = bundle.partner.spec if bundle.partner else None
         needed = case_bytes(bundle.spec, grid, itemsize, probabilities=probabilities, step=step, partner=partner)
         if self.bytes and needed > self.bytes:
+            each = f" for each of {self.sharing} images at once" if self.sharing > 1 else ""
             raise InputError(
-                f"{name} needs {needed / 2**30:.1f} GB while it is worked on, this server has {self.bytes / 2**30:.1f}; "
+                f"{name} needs {needed / 2**30:.1f} GB while it is worked on, this server has {self.bytes / 2**30:.1f}{each}; "
                 f"its spacing is {grid.spacing} mm: check it, crop the image, or send coarser voxels"
+            )
+        if (left := self.left()) and needed > left:
+            raise BackendError(
+                f"{name} needs {needed / 2**30:.1f} GB while it is worked on, {left / 2**30:.1f} are free now: other images or programs "
+                "have the rest; try again later"
             )
         windows = max(_count_windows(spec, grid, step) for spec in (bundle.spec, *([partner] if partner else [])))
         if windows > _MOST_WINDOWS:
             raise InputError(f"{name} takes {windows} windows, this server runs at most {_MOST_WINDOWS}; ask for a larger step, or crop it")
+
+
+def check_answer(name: str, bundle: Bundle, grid: Grid, *, probabilities: bool, shared: Path = _SHARED) -> None:
+    """Refuse an image whose answer has no room in the shared memory through which it goes to the server, before the work is done.
+
+    Parameters
+    ----------
+    shared : where that memory is mounted; elsewhere nothing is checked
+
+    Raises
+    ------
+    BackendError
+        With what is needed and what there is.
+    """
+    if not shared.is_dir():
+        return
+    spec, free = bundle.spec, shutil.disk_usage(shared).free
+    needed = prod(grid.shape) * (np.dtype(spec.label_dtype).itemsize + (4 * spec.classes if probabilities else 0))
+    if needed > free:
+        raise BackendError(
+            f"the answer to {name} needs {needed / 2**20:.0f} MB of the server's shared memory, {free / 2**20:.0f} are free in {shared}; "
+            "give it more (docker run --shm-size), or ask for no probabilities"
+        )
 
 
 def _count_windows(spec: ModelSpec, grid: Grid, step: float | None) -> int:

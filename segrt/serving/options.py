@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..errors import InputError
+from ..protocol import ARRIVED
 
 LogLevel: TypeAlias = Literal["error", "warning", "info", "verbose"]
 LOG_LEVELS: tuple[LogLevel, ...] = ("error", "warning", "info", "verbose")
@@ -109,11 +110,12 @@ class ServerOptions:
                 ports[name] = tried.getsockname()[1]
         return replace(self, **ports)
 
-    def server_arguments(self, repository: Path, backends: Path, *, name: str, key: str) -> list[str]:
+    def server_arguments(self, repository: Path, backends: Path, *, http: int, name: str, key: str) -> list[str]:
         """Arguments for tritonserver.
 
         Parameters
         ----------
+        http : its own port for HTTP, which only this machine reaches
         name : of the server, with which the names of its shared memory begin
         key : what a caller has to show who loads models where clients may not
         """
@@ -125,8 +127,11 @@ class ServerOptions:
             f"--id={name}",
             f"--model-repository={repository}",
             f"--backend-directory={backends}",
-            *(f"--{name}-address={self.host}" for name in ("http", "grpc", "metrics")),
-            *(f"--{name}-port={getattr(self, f'{name}_port')}" for name in ("http", "grpc", "metrics")),
+            "--http-address=127.0.0.1",
+            f"--http-port={http}",
+            f"--http-header-forward-pattern={ARRIVED}",
+            *(f"--{name}-address={self.host}" for name in ("grpc", "metrics")),
+            *(f"--{name}-port={getattr(self, f'{name}_port')}" for name in ("grpc", "metrics")),
             "--model-control-mode=explicit",
             "--load-model=*",
             # models that start all at once take each other's CPU for so long that the server gives up
@@ -148,6 +153,13 @@ class ServerOptions:
 
 
 KEY_HEADER = "segrt-key"
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that is free at this moment."""
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        return int(tried.getsockname()[1])
 
 
 def is_noise(line: str) -> bool:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from .options import is_noise
 
@@ -26,6 +27,7 @@ class ServerProcess:
     command : the program and its arguments
     environment : all of its variables
     show : gets each line it logs
+    pass_fds : open files it is given
 
     Attributes
     ----------
@@ -33,7 +35,9 @@ class ServerProcess:
     requests_done : set once every request has had its answer, after it was asked to end
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], show: Callable[[str], object]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], show: Callable[[str], object], *, pass_fds: Sequence[int] = ()
+    ) -> None:
         self.requests_done = threading.Event()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process = subprocess.Popen(
@@ -45,6 +49,7 @@ class ServerProcess:
             text=True,
             errors="replace",
             start_new_session=True,
+            pass_fds=pass_fds,
         )
         self.pid = self._process.pid
         self._reader = threading.Thread(target=self._read, args=(show,), name="segrt-server-log", daemon=True)
@@ -78,6 +83,23 @@ class ServerProcess:
         """Send it a signal."""
         self._process.send_signal(number)
 
+    def hide(self, secret: str) -> bool:
+        """Cross out a secret among its arguments, which every user of this machine can read; give whether none is left to be read.
+
+        The program must have read them by then.
+        """
+        hidden = secret.encode()
+        try:
+            with Path(f"/proc/{self.pid}/mem").open("r+b", buffering=0) as memory:
+                start, end = _arguments_of(self.pid)
+                memory.seek(start)
+                found = memory.read(end - start)
+                memory.seek(start)
+                memory.write(found.replace(hidden, b"x" * len(hidden)))
+            return hidden not in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except (OSError, ValueError, OverflowError):
+            return False
+
     def kill(self) -> int:
         """End it and all that it started, now, and give the exit code."""
         with contextlib.suppress(ProcessLookupError):
@@ -105,6 +127,12 @@ def reason_in(lines: Sequence[str]) -> str:
     told = [line for line in lines if not is_noise(line)]
     failures = [line for line in told if line.startswith("E") or any(sign in line.lower() for sign in ("failed", "error", "what():"))]
     return (usage or models or failures or told or ["it logged nothing"])[-1].split("] ", 1)[-1].strip('" ')
+
+
+def _arguments_of(pid: int) -> tuple[int, int]:
+    """Where they begin and end in its memory."""
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return int(fields[45]), int(fields[46])
 
 
 def _ending_with_us() -> list[str]:

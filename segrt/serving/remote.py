@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -125,6 +126,34 @@ class RemotePredictor:
         # what the stages do not explain: the way there and back, and waiting for others
         seconds["transfer"] = max(time.perf_counter() - start - sum(seconds.values()), 0.0)
         return segmentation_of(answer, report, self.spec, asked.grid, asked.name, seconds)
+
+    def frames(self, frames: Iterable[Array], *, batch: int = 1, spacing: tuple[float, float] = (1.0, 1.0)) -> Iterator[Array]:
+        """Segment a stream of pictures as they come; each gets the labels that a call would give it.
+
+        Parameters
+        ----------
+        frames : as `Predictor.frames` takes them
+        batch : frames that are waited for and then asked for at once, each as a request of its own
+        spacing : (y, x) of a pixel in mm
+
+        Yields
+        ------
+        (Y, X) labels of each frame, in their order
+
+        Raises
+        ------
+        InputError
+            As `Predictor.frames` does.
+        BackendError
+            As a call does.
+        """
+        from ..frames import check_stream, in_groups  # with all of the pipeline, which a client does without
+
+        check_stream(self.spec, pair=False)
+        with ThreadPoolExecutor(max(batch, 1), "segrt-frames") as pool:
+            for group in in_groups(frames, batch, self.spec, spacing):
+                for found in pool.map(self, group):
+                    yield found.labels[0]
 
     @property
     def spec(self) -> ModelSpec:

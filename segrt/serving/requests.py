@@ -16,7 +16,7 @@ from ..io.write import WRITABLE
 from ..protocol import DIRECTION, FILE, FILE_SIZES, IMAGE, IMAGE_INT16, ORIGIN, PREVIOUS, SPACING, RequestOptions, grid_of
 from ..volume import Grid, Volume
 from .files import plain_name, read_files
-from .limits import Limits
+from .limits import Limits, check_answer
 
 _IMAGES, _PLACE = (IMAGE, IMAGE_INT16, FILE), (SPACING, ORIGIN, DIRECTION)
 # a label file of one request is one file
@@ -45,10 +45,13 @@ def read_request(tensors: Mapping[str, Array], options: RequestOptions, bundle: 
     ------
     InputError
         When there is not exactly one image, it is damaged, too large or does not fit the model, or an option cannot be.
+    BackendError
+        When the server has no room for it at this moment.
     """
     _check_format(options)
     volume = _image(tensors, options, bundle, limits)
     limits.check_work(volume.name, bundle, volume.grid, volume.data.itemsize, probabilities=options.probabilities, step=options.step)
+    check_answer(volume.name, bundle, volume.grid, probabilities=options.probabilities)
     previous = tensors.get(PREVIOUS)
     return Asked(volume, None if previous is None else np.array(previous))
 

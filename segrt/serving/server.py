@@ -17,8 +17,10 @@ from typing import Any
 from ..errors import BackendError, InputError
 from ..protocol import PATCH_SUFFIX
 from .calls import call
-from .launch import compile_models, find_tritonserver, prepare_backends, server_environment
-from .options import ServerOptions
+from .fatal import FATAL
+from .front import Front
+from .launch import compile_models, find_tritonserver, prepare_backends, server_environment, warn_of_little_shared_memory
+from .options import ServerOptions, free_port
 from .process import ServerProcess
 from .watch import Watch, processes_of
 
@@ -65,6 +67,8 @@ class Server:
         self._name = f"segrt_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: ServerProcess | None = None
         self._watch: Watch | None = None
+        self._front: Front | None = None
+        self._inner = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.models()
 
@@ -123,8 +127,9 @@ class Server:
 
     def start(self) -> Server:
         """Start it and wait until every model is ready."""
+        warn_of_little_shared_memory()
         for attempt in range(_ATTEMPTS):
-            self._ports = self.options.with_free_ports()
+            self._ports, self._inner = self.options.with_free_ports(), free_port()
             try:
                 self._launch()
             except BackendError:
@@ -142,7 +147,7 @@ class Server:
         BackendError
             When it does not become ready.
         """
-        self.kill()
+        self._end()
         self._launch()
 
     def load(self, model: str) -> None:
@@ -173,6 +178,8 @@ class Server:
         try:
             if self._watch:
                 self._watch.stop()
+            if self._front:
+                self._front.drain()
             running.send(signal.SIGTERM)
             self._drain(running)
         finally:
@@ -182,15 +189,10 @@ class Server:
 
     def kill(self) -> int | None:
         """End whatever still runs, remove what it left, and give the exit code."""
-        if self._process is None:
-            return None
-        if self._watch:
-            self._watch.stop()
-        code = self._process.kill()
-        for region in Path("/dev/shm").glob(f"{self._name}*"):
-            region.unlink(missing_ok=True)
-        if self._folder is not None:
-            self._folder.cleanup()
+        code = self._end()
+        if self._front:
+            self._front.close()
+            self._front = None
         return code
 
     def __enter__(self) -> Server:
@@ -217,11 +219,25 @@ class Server:
 
     def _run(self) -> None:
         compile_models(self.repository)
+        if self._front is None:
+            self._front = Front(self.options.host, self._ports.http_port, self._inner, self._log)
         self._folder = tempfile.TemporaryDirectory(prefix=f"segrt-serve-{os.getpid()}-")
         backends = prepare_backends(self.installation, Path(self._folder.name))
-        arguments = self._ports.server_arguments(self.repository, backends, name=self._name, key=self._key)
+        arguments = self._ports.server_arguments(self.repository, backends, http=self._inner, name=self._name, key=self._key)
         environment = server_environment(self.installation, os.environ) | dict(self.options.environment)
         self._process = ServerProcess([str(self.installation.program), *arguments], environment, self._log)
+
+    def _end(self) -> int | None:
+        if self._process is None:
+            return None
+        if self._watch:
+            self._watch.stop()
+        code = self._process.kill()
+        for region in Path("/dev/shm").glob(f"{self._name}*"):
+            region.unlink(missing_ok=True)
+        if self._folder is not None:
+            self._folder.cleanup()
+        return code
 
     def _log(self, line: str) -> None:
         if self._show is not None and self.options.shows(line):
@@ -229,7 +245,7 @@ class Server:
 
     def _lost_a_port(self) -> bool:
         """Whether somebody else took one that we had chosen, between the choice and its use."""
-        chosen = set(self._ports.ports) - set(self.options.ports)
+        chosen = {*self._ports.ports, self._inner} - set(self.options.ports)
         return _BUSY in self.reason and any(f":{port}" in self.reason for port in chosen)
 
     def _was_starved(self) -> bool:
@@ -238,12 +254,17 @@ class Server:
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + self.options.ready_s
+        is_hidden = False
         while not self._is_ready():
+            # who reads the key on the command line can have this user run programs; a server that logs has read it
+            is_hidden = is_hidden or (bool(self.log) and self._running.hide(self._key))
             if not self.is_running:
                 raise BackendError(f"tritonserver ended with code {self.wait()} before it was ready: {self.reason}")
             if time.monotonic() > until:
                 raise BackendError(f"tritonserver was not ready after {self.options.ready_s:g} s (ready_s, --ready-timeout): {self.reason}")
             time.sleep(_POLL_S)
+        if not (is_hidden or self._running.hide(self._key)):
+            logger.warning("users of this machine can read the key that lets models be loaded, in /proc/%d/cmdline", self.pid)
 
     def _is_ready(self) -> bool:
         """Whether every model is ready; the server itself says so, and by its name that it is ours and not another one at that port."""
@@ -262,9 +283,16 @@ class Server:
                 return
 
     def _revive(self, model: str) -> None:
-        """Load a model whose process died; unchanged, it would be taken for loaded, so it gets a parameter that tells how often."""
+        """Load the versions of a model that ran when its process died, and no other, such as one that was written since.
+
+        Unchanged, it would be taken for loaded, so it gets a parameter that tells how often.
+        """
         config = json.loads(self._call(f"models/{model}/config"))
-        config.setdefault("parameters", {})["RESTARTS"] = {"string_value": str(self.restarts)}
+        versions = json.loads(self._call(f"models/{model}"))["versions"]
+        config["version_policy"] = {"specific": {"versions": [int(version) for version in versions]}}
+        fatal = self._watch.fatal_to(model) if self._watch else []
+        told = {"RESTARTS": str(self.restarts), FATAL: ",".join(fatal)}
+        config.setdefault("parameters", {}).update({key: {"string_value": text} for key, text in told.items()})
         self._ask_to_load(model, {"parameters": {"config": json.dumps(config)}})
 
     def _give_up(self, why: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..bundle import Bundle
 from ..errors import SpecError
 from ..repository import Deployment
+from .fatal import fatal_in
 from .tensors import server_module
 
 
@@ -24,6 +25,8 @@ class Setting:
     device : "cpu" or "cuda:N"
     told : the parameters in config.pbtxt
     bundle : of this version
+    instances : requests that the model works on at once, on all devices
+    fatal : images at which its process died before, see `segrt.serving.fatal`
     """
 
     model: str
@@ -31,6 +34,8 @@ class Setting:
     device: str
     told: Deployment
     bundle: Bundle
+    instances: int = 1
+    fatal: frozenset[str] = frozenset()
 
     @classmethod
     def from_server(cls, args: Mapping[str, str]) -> Setting:
@@ -44,7 +49,8 @@ class Setting:
             When the bundle is missing, damaged, or another one than the configuration was written for.
         """
         version = args["model_version"]
-        told = Deployment.from_parameters(json.loads(args["model_config"]).get("parameters", {}))
+        config = json.loads(args["model_config"])
+        told = Deployment.from_parameters(config.get("parameters", {}))
         bundle = Bundle.open(told.bundle_folder(Path(args["model_repository"]).parent, version))
         expected = told.bundle_shas.get(version)
         if bundle.fingerprint != expected:
@@ -53,7 +59,9 @@ class Setting:
                 f"{str(expected)[:12]}); write the repository again with segrt-build --triton"
             )
         gpu = args["model_instance_kind"] == "GPU"
-        return cls(args["model_name"], version, f"cuda:{args['model_instance_device_id']}" if gpu else "cpu", told, bundle)
+        device = f"cuda:{args['model_instance_device_id']}" if gpu else "cpu"
+        instances = sum(group.get("count", 1) * max(len(group.get("gpus", [])), 1) for group in config.get("instance_group", [{}]))
+        return cls(args["model_name"], version, device, told, bundle, instances, fatal_in(config))
 
 
 class ServerLog(logging.Handler):

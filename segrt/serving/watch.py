@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import SegrtError
+from .fatal import image_in
 
 logger = logging.getLogger(__name__)
 
-_POLL_S, _MOST, _WITHIN_S = 0.5, 5, 600.0
+_POLL_S, _MOST, _WITHIN_S, _FATAL = 0.5, 5, 600.0, 2
 
 
 class Watch:
     """Look after the models' processes, the children of a tritonserver.
 
     One that ends as it should is waited for by its parent and disappears; one that was killed stays as a zombie. A model whose process is a
-    zombie twice in a row is revived.
+    zombie twice in a row is revived. An image at which a model's process died twice is fatal to it, and told to those that follow.
 
     Parameters
     ----------
@@ -38,6 +39,7 @@ class Watch:
         self._models: dict[int, str] = {}
         self._suspects: set[int] = set()
         self._deaths: dict[str, list[float]] = defaultdict(list)
+        self._images: Counter[tuple[str, str]] = Counter()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="segrt-watch", daemon=True)
 
@@ -55,6 +57,10 @@ class Watch:
         """Processes that died and were noticed."""
         return sum(map(len, self._deaths.values()))
 
+    def fatal_to(self, model: str) -> list[str]:
+        """Images at which a model's process died twice; the first time may have been another process's fault."""
+        return [image for (whose, image), deaths in self._images.items() if whose == model and deaths >= _FATAL]
+
     def _run(self) -> None:
         while not self._ended.wait(_POLL_S):
             for model in self._look():
@@ -65,9 +71,12 @@ class Watch:
         """Models that lost a process since the last look."""
         children = _children(self._pid)
         self._models |= {child: model for child in children.keys() - self._models if (model := _model_of(_command(child)))}
-        zombies = {child for child, state in children.items() if state == "Z" and child in self._models}
+        zombies = {child for child, (_, state) in children.items() if state == "Z" and child in self._models}
         dead = zombies & self._suspects
         self._suspects = zombies - dead
+        for child in dead:
+            if image := image_in(children[child][0]):
+                self._images[self._models[child], image] += 1
         return sorted({self._models.pop(child) for child in dead})
 
     def _bring_back(self, model: str) -> None:
@@ -89,17 +98,18 @@ def processes_of(pid: int) -> dict[int, str]:
     return {child: model for child in _children(pid) if (model := _model_of(_command(child)))}
 
 
-def _children(pid: int) -> dict[int, str]:
-    """Processes that `pid` started, and their state (Z: ended, not waited for); none where there is no /proc."""
+def _children(pid: int) -> dict[int, tuple[str, str]]:
+    """Processes that `pid` started: their name and state (Z: ended, not waited for); none where there is no /proc."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             # "7 (a name) S 1 ...": the name may hold anything
-            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            name, _, rest = path.read_text(errors="replace").partition("(")[2].rpartition(")")
+            state, parent = rest.split()[:2]
         except (OSError, ValueError):  # ended meanwhile
             continue
         if int(parent) == pid:
-            found[int(path.parent.name)] = state
+            found[int(path.parent.name)] = name, state
     return found
 
 

@@ -15,6 +15,7 @@ from ..engines.batches import call_bytes
 from ..errors import BackendError
 from ..protocol import LOGITS, PATCHES
 from .tensors import server_module, to_tensor, view
+from .wire import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +61,14 @@ class PatchCaller:
     model, version : who runs it
     batch : windows its engine likes best; with any other number sums would be rounded otherwise than by that engine itself
     told : gets the seconds that each call took
+    check : raises when nobody waits any more; asked before each try
     """
 
     held_bytes = 0
     device = "cpu"
 
-    def __init__(self, model: str, version: int, *, batch: int, told: Callable[[float], None]) -> None:
-        self._model, self._version, self._told = model, version, told
+    def __init__(self, model: str, version: int, *, batch: int, told: Callable[[float], None], check: Callable[[], None]) -> None:
+        self._model, self._version, self._told, self._check = model, version, told, check
         self.name, self.batch = f"model {model}, version {version}", batch
 
     def __call__(self, patches: FloatArray) -> Array:
@@ -80,17 +82,21 @@ class PatchCaller:
         """Nothing is held."""
 
     def _ask(self, patches: FloatArray) -> Array:
-        """Logits of one batch, after a few tries: equal patches give equal logits, however often they are sent."""
+        """Logits of one batch, after a few tries where the network's process was lost: equal patches give equal logits."""
         for wait_s in (*_WAITS_S, None):
+            self._check()
             response = self._send(patches)
             if not response.has_error():
                 (logits,) = response.output_tensors()
                 # the server's memory is read-only and short-lived; these logits belong to the caller
                 return np.array(view(logits))
+            error = response.error()
+            if not _may_pass(error):
+                raise BackendError(f"{self.name} refuses its windows ({error.message()}); the log of the server says more")
             if wait_s is not None:
-                logger.warning("%s failed (%s); trying again in %g s", self.name, response.error().message(), wait_s)
+                logger.warning("%s failed (%s); trying again in %g s", self.name, error.message(), wait_s)
                 time.sleep(wait_s)
-        raise BackendError(f"{self.name} does not answer ({response.error().message()}); try again later")
+        raise BackendError(f"{self.name} does not answer ({error.message()}); try again later")
 
     def _send(self, patches: FloatArray) -> Any:
         request = server_module().InferenceRequest(
@@ -100,3 +106,8 @@ class PatchCaller:
             inputs=[to_tensor(PATCHES, patches)],
         )
         return request.exec()
+
+
+def _may_pass(error: Any) -> bool:
+    """Whether another try may succeed: the server calls a process that died an internal failure."""
+    return error.code() == server_module().TritonError.UNAVAILABLE or reason_of(error.message()) == "unavailable"

@@ -38,6 +38,7 @@ def served(folder: Path) -> Iterator[Served]:
     bundle = make_bundle(folder / "organ", make_spec(mirror_axes=(2,), postprocess=(KeepLargest(values=(1, 2)),)))
     write_repository(folder / "repository", bundle, "organ")
     shutil.rmtree(folder / "repository" / "organ_bls")
+    write_repository(folder / "repository", make_bundle(folder / "picture", make_spec(patch=(1, 16, 16))), "picture", alone=True)
     with serving(folder / "repository") as server:
         yield Served(server, folder)
 
@@ -178,3 +179,17 @@ def test_triton_segments_the_rest_of_a_folder_with_a_damaged_image(
         assert captured.out.splitlines()[-1].startswith("2 done, 1 failed")
         assert "b failed: b_0000.nii.gz" in captured.err
         assert sorted(path.name for path in Path("out").iterdir()) == ["a.nii.gz", "c.nii.gz", "predictions.json"]
+
+
+def test_triton_gives_the_predictors_labels_for_frames(served: Served, folder: Path, protocol: str) -> None:
+    frames = [banded((1, 20, 30), seed=seed)[0].astype(np.uint8) for seed in range(5)]
+    with Predictor(folder / "picture", device="cpu") as predictor, RemotePredictor(served.url(protocol), "picture") as remote:
+        expected = list(predictor.frames(frames, spacing=(0.5, 0.5)))
+        for batch in (1, 3):
+            for found, label in zip(remote.frames(iter(frames), batch=batch, spacing=(0.5, 0.5)), expected, strict=True):
+                assert found.dtype == label.dtype
+                np.testing.assert_array_equal(found, label)
+        with pytest.raises(InputError, match="batch: expected 1 or more frames"):
+            next(remote.frames(frames, batch=0))
+    with RemotePredictor(served.url(protocol), "organ") as remote, pytest.raises(InputError, match="cannot take a stream of frames"):
+        next(remote.frames(frames))

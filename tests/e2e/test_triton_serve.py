@@ -184,6 +184,10 @@ def test_triton_clients_load_models_only_where_they_may(echo: Path) -> None:
         first = ask_echo(server.http)
         with pytest.raises(RefusedError, match="403"):
             post(server.http, "repository/models/echo/load", {})
+        # nor do they learn the key
+        seen = Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert b"segrt-key=xxxx" in seen
+        assert server._key.encode() not in seen
         # unchanged: not loaded again
         server.reload()
         assert ask_echo(server.http) == first
@@ -215,6 +219,12 @@ class Command:
                 break
         found = re.search(r"http://(\S+)", self.said)
         self.http = found[1] if found else ""
+
+    @property
+    def server(self) -> int:
+        """Process of its tritonserver."""
+        (found,) = [pid for pid, (name, _) in segrt.serving.watch._children(self.process.pid).items() if name == "tritonserver"]
+        return found
 
     def end(self, number: signal.Signals | None = None) -> tuple[int, str]:
         """Exit code and what it said on stderr."""
@@ -302,7 +312,7 @@ def test_triton_client_sends_images_where_a_server_refuses_to_share_memory(tmp_p
 def test_triton_server_that_dies_is_started_again_at_the_same_address(echo: Path, started: list[Command]) -> None:
     command = Command(echo)
     started.append(command)
-    (server,) = segrt.serving.watch._children(command.process.pid)
+    server = command.server
     os.kill(server, signal.SIGKILL)
     assert command.process.stderr is not None
     said = ""
@@ -311,7 +321,7 @@ def test_triton_server_that_dies_is_started_again_at_the_same_address(echo: Path
         assert line, said
         said += line
     assert "error: tritonserver ended by itself with code -9" in said
-    assert segrt.serving.watch._children(command.process.pid).keys() != {server}
+    assert command.server != server
     assert ask_echo(command.http)
     assert command.end(signal.SIGTERM)[0] == 0
 
@@ -319,7 +329,7 @@ def test_triton_server_that_dies_is_started_again_at_the_same_address(echo: Path
 def test_triton_command_ends_as_its_server_does_when_another_cannot_be_started(echo: Path, started: list[Command]) -> None:
     command = Command(echo)
     started.append(command)
-    (server,) = segrt.serving.watch._children(command.process.pid)
+    server = command.server
     (echo / "echo" / "1" / "model.py").write_text("import nowhere\n")
     os.kill(server, signal.SIGKILL)
     code, errors = command.end()

@@ -78,6 +78,15 @@ def test_cases_in_flight_get_their_time_before_a_container_is_killed() -> None:
         assert int(service["command"][-1]) < int(service["stop_grace_period"].removesuffix("s"))
 
 
+def test_images_have_room_in_the_shared_memory_of_a_container() -> None:
+    (room,) = [
+        volume["emptyDir"] for volume in of_kind("Deployment")["spec"]["template"]["spec"]["volumes"] if volume["name"] == "shared-memory"
+    ]
+    assert (room["medium"], int(room["sizeLimit"].removesuffix("Gi")) >= 1) == ("Memory", True)
+    for service in yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].values():
+        assert int(service["shm_size"].removesuffix("gb")) >= 1
+
+
 def test_the_autoscaler_follows_a_metric_that_the_adapter_makes_of_the_servers_queue() -> None:
     scaler = of_kind("HorizontalPodAutoscaler")["spec"]
     (rule,) = yaml.safe_load(of_kind("ConfigMap")["data"]["config.yaml"])["rules"]

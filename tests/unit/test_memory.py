@@ -23,7 +23,7 @@ from segrt.engines import Engine
 from segrt.engines.batches import gpu_batch
 from segrt.engines.compose import Hosted, Spread
 from segrt.errors import BackendError
-from segrt.memory import case_bytes, engine_bytes, estimate
+from segrt.memory import available_bytes, case_bytes, engine_bytes, estimate
 from segrt.opened import OpenModel, run_models
 from segrt.phantom import make_phantom
 from segrt.slabs import Load, logits_bytes, starts_per_slab, whole_placement
@@ -55,6 +55,61 @@ def test_a_new_process_does_not_inherit_our_peak() -> None:
     code = "from segrt.memory import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < block.nbytes
+
+
+class Groups:
+    """A machine with 8 GB left, and control groups on it."""
+
+    def __init__(self, root: Path, own: str) -> None:
+        self.root = root
+        (root / "proc/self").mkdir(parents=True)
+        (root / "proc/meminfo").write_text("MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n")
+        (root / "proc/self/cgroup").write_text(own)
+
+    def write(self, group: str, **files: object) -> None:
+        folder = self.root / "sys/fs/cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name.replace("memory_", "memory.")).write_text(f"{content}\n")
+
+    @property
+    def left(self) -> int:
+        return available_bytes(self.root)
+
+
+def test_a_containers_limit_counts_and_files_it_holds_do_not(tmp_path: Path) -> None:
+    groups = Groups(tmp_path, "0::/\n")
+    assert groups.left == 8_000_000 * 1024
+    groups.write("", memory_max=3000, memory_current=2500, memory_stat="anon 5\nfile 900\ninactive_file 700")
+    assert groups.left == 3000 - (2500 - 700)
+    groups.write("", memory_max=1000)
+    assert groups.left == 1  # 0 would say that nothing is known
+    groups.write("", memory_max="max")
+    assert groups.left == 8_000_000 * 1024
+
+
+def test_the_tightest_of_the_groups_around_a_process_counts(tmp_path: Path) -> None:
+    groups = Groups(tmp_path, "12:cpu:/\n0::/kubepods/pod7/box\n")
+    how = {"memory_current": 100, "memory_stat": "inactive_file 0"}
+    for group, limit in (("kubepods", "max"), ("kubepods/pod7", 700), ("kubepods/pod7/box", 900), ("kubepods/pod8", 10)):
+        groups.write(group, memory_max=limit, **how)
+    assert groups.left == 600
+
+
+@pytest.mark.parametrize("seen_as", ["", "docker/abc"])
+def test_groups_of_the_first_version_count_too(tmp_path: Path, seen_as: str) -> None:
+    """A container's own lies at the root there, whatever its path on the host; without a limit it is a number beyond all memory."""
+    groups = Groups(tmp_path, "9:name=systemd:/docker/abc\n4:memory:/docker/abc\n0::/\n")
+    files = {"memory_usage_in_bytes": 400, "memory_stat": "total_inactive_file 100"}
+    groups.write(f"memory/{seen_as}", memory_limit_in_bytes=1000, **files)
+    assert groups.left == 700
+    groups.write(f"memory/{seen_as}", memory_limit_in_bytes=9223372036854771712)
+    assert groups.left == 8_000_000 * 1024
+
+
+def test_a_system_that_tells_nothing_has_no_limit(tmp_path: Path) -> None:
+    assert available_bytes(tmp_path) == 0
+    assert available_bytes() > 10**6
 
 
 @pytest.mark.parametrize(

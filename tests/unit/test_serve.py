@@ -54,6 +54,13 @@ def test_without_a_server_a_sentence_says_how_to_get_one(monkeypatch: pytest.Mon
         launch.find_tritonserver()
 
 
+def test_a_container_without_shared_memory_of_its_own_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    launch.warn_of_little_shared_memory(tmp_path / "none")
+    assert caplog.text == ""
+    launch.warn_of_little_shared_memory(Path("/proc/self"))  # a file system of no size
+    assert "/proc/self has 0 MB, which is too little for volumes; give it more" in caplog.text
+
+
 def test_a_server_for_another_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"runs Python 3\.8, but segrt is installed in Python 3"):
         launch.find_tritonserver(write_installation(tmp_path, minor=8))
@@ -94,7 +101,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, str], sentence: s
 
 
 def arguments_of(options: ServerOptions) -> list[str]:
-    return options.server_arguments(Path("models"), Path("backends"), name="segrt_", key="secret")
+    return options.server_arguments(Path("models"), Path("backends"), http=1234, name="segrt_", key="secret")
 
 
 def test_by_default_nobody_else_reaches_the_server_or_replaces_its_models() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import re
+import shutil
 import struct
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,15 +21,18 @@ from segrt.engines import Engine
 from segrt.errors import BackendError, InputError, SpecError
 from segrt.io import read_volume
 from segrt.io.peek import count_voxels
+from segrt.memory import case_bytes
 from segrt.predictor import Predictor
 from segrt.protocol import Report, RequestOptions
+from segrt.serving import windows
 from segrt.serving.answers import answer
 from segrt.serving.attention import Abandoned, Attention, outcome_of
+from segrt.serving.fatal import check_fatal, fatal_in, image_in, mark_of, working_on
 from segrt.serving.files import plain_name
-from segrt.serving.limits import Limits
+from segrt.serving.limits import Limits, check_answer
 from segrt.serving.predictors import Predictors
 from segrt.serving.requests import read_request
-from segrt.serving.windows import Watched
+from segrt.serving.windows import PatchCaller, Watched
 from segrt.spec import Channel, NoNorm, PreviousStage, SpacingTarget
 from segrt.volume import Grid
 
@@ -133,9 +140,126 @@ def test_an_image_that_would_grow_is_refused(tmp_path: Path) -> None:
         read_request({**image, "SPACING": np.ones(3)}, RequestOptions(), bundle, Limits(511, 0))
 
 
+def test_files_of_an_image_share_its_limit(tmp_path: Path) -> None:
+    channels = tuple(Channel(name=name, normalization=NoNorm()) for name in ("T1", "T2"))
+    bundle = make_bundle(tmp_path / "bundle", make_spec(channels=channels))
+    paths = [write_case(tmp_path / f"x_{number:04d}.nii.gz", banded((4, 5, 6))) for number in range(2)]
+    read_request(file_tensors(*paths), RequestOptions(), bundle, Limits(240, 0))
+    with pytest.raises(
+        InputError, match=r"image_0001\.nii\.gz announces 6 x 5 x 4 x 1 voxels beside 120 of other channels, this server takes at most 239"
+    ):
+        read_request(file_tensors(*paths), RequestOptions(), bundle, Limits(239, 0))
+
+
 def test_limits_follow_the_machine_unless_they_are_given() -> None:
     assert Limits.here(1000).voxels == 1000
-    assert Limits.here().voxels > 10**6
+    alone, shared = Limits.here(), Limits.here(sharing=8)
+    assert alone.voxels > 10**6
+    assert shared.bytes < alone.bytes / 4
+    assert shared.left() > shared.bytes
+
+
+def test_images_that_are_worked_on_at_once_share_the_memory(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", make_spec(target=SpacingTarget(spacing=(1.0, 1.0, 1.0))))
+    image = {"IMAGE": np.ones((1, 8, 8, 8), np.float32), "SPACING": np.full(3, 20.0)}
+    needed = case_bytes(bundle.spec, Grid((8, 8, 8), (20.0, 20.0, 20.0)), 4)
+    with pytest.raises(InputError, match=r"this server has [0-9.]+ for each of 4 images at once; its spacing is"):
+        read_request(image, RequestOptions(), bundle, Limits(10**6, needed - 1, sharing=4))
+    # that is no fault of the image
+    with pytest.raises(BackendError, match=r"[0-9.]+ are free now: other images or programs have the rest; try again later"):
+        read_request(image, RequestOptions(), bundle, Limits(10**6, needed, left=lambda: needed - 1))
+    read_request(image, RequestOptions(), bundle, Limits(10**6, needed, left=lambda: needed))
+
+
+def test_an_answer_that_shared_memory_has_no_room_for_is_refused_before_the_work(bundle: Bundle) -> None:
+    grid = Grid((9, 10, 11))
+    check_answer("image", bundle, grid, probabilities=True)
+    free = shutil.disk_usage("/dev/shm").free
+    with pytest.raises(
+        BackendError, match=r"the answer to image needs [0-9]+ MB of the server's shared memory, [0-9]+ are free in /dev/shm"
+    ):
+        check_answer("image", bundle, Grid((free // 10**6 + 1, 1000, 1000)), probabilities=False)
+    check_answer("image", bundle, Grid((free // 10**6 + 1, 1000, 1000)), probabilities=False, shared=Path("/nowhere"))
+
+
+def test_an_image_is_known_by_a_mark_that_its_process_bears_while_it_is_worked_on() -> None:
+    large = np.random.default_rng(0).normal(size=(1, 40, 50, 60)).astype(np.float32)
+    image, options = {"IMAGE": large, "SPACING": np.ones(3)}, RequestOptions(name="a")
+    mark = mark_of(image, options)
+    # a repeat has less time
+    assert mark_of({**image}, options.model_copy(update={"timeout_s": 3.0})) == mark
+    others = ({**image, "SPACING": np.full(3, 2.0)}, {**image, "IMAGE": large + 1}, {"IMAGE": large[:, :39], "SPACING": np.ones(3)})
+    assert len({mark, mark_of(image, RequestOptions(name="a", step=0.9)), *(mark_of(other, options) for other in others)}) == 5
+    name = Path("/proc/self/comm")
+    before = name.read_text()
+    with working_on(mark):
+        assert image_in(name.read_text().strip()) == mark
+    assert name.read_text() == before
+    assert image_in(before.strip()) is None
+
+
+def test_an_image_that_is_fatal_is_refused() -> None:
+    fatal = fatal_in({"parameters": {"FATAL": {"string_value": "abc,def"}}})
+    check_fatal("ghi", fatal, "image")
+    with pytest.raises(InputError, match="process died twice while it worked on image"):
+        check_fatal("def", fatal, "image")
+    assert fatal_in({}) == {""}
+
+
+class ServerModule(ModuleType):
+    """What the server gives its models to call others with, where every network fails in one way."""
+
+    class TritonError:
+        INTERNAL, INVALID_ARG, UNAVAILABLE = range(3)
+
+        def __init__(self, code: int, text: str) -> None:
+            self.code, self.message = (lambda: code), (lambda: text)
+
+    class Tensor:
+        @staticmethod
+        def from_dlpack(name: str, capsule: object) -> tuple[str, object]:
+            return name, capsule
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__("triton_python_backend_utils")
+        self.failure, self.asked = self.TritonError(code, text), 0
+
+    def InferenceRequest(self, **_: object) -> ServerModule:  # noqa: N802 - the server's name
+        return self
+
+    def exec(self) -> ServerModule:
+        self.asked += 1
+        return self
+
+    def has_error(self) -> bool:
+        return True
+
+    def error(self) -> ServerModule.TritonError:
+        return self.failure
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "tries"),
+    [
+        (ServerModule.TritonError.INTERNAL, "Stub process 'organ_patch_0_0' is not healthy.", 4),
+        (ServerModule.TritonError.UNAVAILABLE, "busy", 4),
+        (ServerModule.TritonError.INVALID_ARG, "patches are (1, 8, 8, 9)", 1),
+        (ServerModule.TritonError.INTERNAL, "the server failed on this image (KeyError)", 1),
+    ],
+)
+def test_windows_are_sent_again_only_where_that_may_help(monkeypatch: pytest.MonkeyPatch, code: int, text: str, tries: int) -> None:
+    server = ServerModule(code, text)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
+    monkeypatch.setattr(windows, "_WAITS_S", (0.0, 0.0, 0.0))
+    patches, gone = np.zeros((1, 1, 8, 8, 8), np.float32), list[float]()
+    with pytest.raises(BackendError, match=re.escape(text)):
+        PatchCaller("organ_patch", 1, batch=1, told=gone.append, check=lambda: None)(patches)
+    assert server.asked == tries
+    # nobody waits any more by the second try
+    attention = Attention(lambda: server.asked == tries + 1, clock=iter(range(100)).__next__)
+    with pytest.raises((Abandoned, BackendError)):
+        PatchCaller("organ_patch", 1, batch=1, told=gone.append, check=attention.check)(patches)
+    assert server.asked == tries + 1
 
 
 def test_a_request_nobody_waits_for_is_abandoned() -> None:

@@ -215,6 +215,17 @@ def test_native_configurations_are_read_by_the_servers_parser(tmp_path: Path, de
         accelerators = configs["onnxruntime"].optimization.execution_accelerators.gpu_execution_accelerator
         assert [a.name for a in accelerators] == ([] if device == "cpu" else ["cuda"])
         assert all(a.parameters["cudnn_conv_algo_search"] == "HEURISTIC" for a in accelerators)
+        # -1, 1 and 2 are levels with less than all optimisations
+        assert not configs["onnxruntime"].optimization.HasField("graph")
+
+
+@pytest.mark.parametrize(("patch", "batch"), [((8, 8, 8), 1), ((1, 64, 64), 8)])
+def test_openvinos_backend_gets_batches_of_the_one_size_it_is_compiled_for(tmp_path: Path, patch: tuple[int, int, int], batch: int) -> None:
+    bundle = make_bundle(tmp_path / "liver", make_spec(patch=patch))
+    (network,) = networks_of("liver", bundle)
+    config = parse(native_files(Export("liver", bundle, {"1": "x"}), network)["openvino.pbtxt"])
+    assert config.max_batch_size == config.model_warmup[0].batch_size == batch
+    assert told(config).get("ENABLE_BATCH_PADDING") == ("YES" if batch > 1 else None)
 
 
 def test_native_backends_find_the_networks_file(tmp_path: Path) -> None:

@@ -1,0 +1,268 @@
+"""The program in front of tritonserver's HTTP port: what would end the server is refused with a sentence, all else passes byte by byte.
+
+A process of its own, of the standard library alone, so that nothing else a Python process does slows it down. It hands on when a request
+came, for no model is told how long a request waited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+import zlib
+from http import HTTPStatus
+from pathlib import Path
+
+from .announced import MOST_JSON, Refused, check_announced
+from .messages import PIECE, Head, Piece, pieces, read_head
+from .streams import Stream
+
+_ARRIVED = b"segrt-arrived"  # segrt.protocol.ARRIVED, which brings more than the standard library
+_REQUEST = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.[01]")
+_HEADER_SIZE = b"inference-header-content-length"
+_NO_BODY = re.compile(rb"HTTP/1\.. (1\d\d|204|304) ")
+_SHARED = Path("/dev/shm")
+# a client that was refused while it sent gets to read why before the connection is cut
+_LINGER_S = 5.0
+
+
+class Inspection:
+    """Looks at the beginning of a request's body, as it comes, until it knows whether the server may have it."""
+
+    def __init__(self, head: Head, room: int | None) -> None:
+        self._wanted, self._room = head.number(_HEADER_SIZE), room
+        encoding = (head.value(b"content-encoding") or b"identity").lower()
+        if encoding not in (b"identity", b"gzip", b"deflate"):
+            raise Refused(415, f"Content-Encoding is {encoding.decode(errors='replace')!r}, expected gzip or deflate")
+        self._unpack = None if encoding == b"identity" else zlib.decompressobj(47)  # gzip or zlib, by its first bytes
+        self._text, self._size, self.is_done = bytearray(), 0, False
+        self._check_size(head.number(b"content-length") or 0)
+
+    def feed(self, content: Piece) -> None:
+        """Take in what came next.
+
+        Raises
+        ------
+        Refused
+            When the server must not have it.
+        """
+        while content:
+            data, content = self._unpacked(content)
+            self._size += len(data)
+            self._check_size(self._size)
+            if not self.is_done:
+                self._text += data
+                self._look()
+
+    def end(self) -> None:
+        """There is no more."""
+        if not self.is_done:
+            self._decide()
+
+    def _unpacked(self, content: Piece) -> tuple[Piece, Piece]:
+        """Some of the content as the server will see it, and what is left."""
+        if self._unpack is None:
+            return content, b""
+        try:
+            data = self._unpack.decompress(content, PIECE)
+        except zlib.error as err:
+            raise Refused(400, f"the request's compressed body is damaged ({err})") from None
+        return data, self._unpack.unconsumed_tail
+
+    def _check_size(self, size: int) -> None:
+        if self._room is not None and size > self._room:
+            raise Refused(
+                413,
+                f"the request brings more than {self._room / 2**20:.0f} MB, which is what the server's shared memory ({_SHARED}) has free; "
+                "give it more (docker run --shm-size), or crop the image",
+            )
+
+    def _look(self) -> None:
+        if self._wanted is not None and len(self._text) >= self._wanted:
+            self._decide()
+        elif len(self._text) > MOST_JSON:
+            raise Refused(413, f"the request has more than {MOST_JSON >> 20} MB of JSON; send its tensors as binary data")
+
+    def _decide(self) -> None:
+        self.is_done = True
+        check_announced(bytes(self._text[: self._wanted]))
+        self._text.clear()
+
+
+class Guard:
+    """Serves connections on a listening socket, each with one of its own to the server."""
+
+    def __init__(self, upstream: tuple[str, int]) -> None:
+        self._upstream, self._ending = upstream, asyncio.Event()
+        self._idle, self._tasks = set[Stream](), set[asyncio.Task[None]]()
+
+    async def run(self, listening: socket.socket) -> None:
+        """Serve until `end`, and then until what is under way has its answers."""
+        listening.setblocking(False)
+        accepting = asyncio.ensure_future(self._accept(listening))
+        await self._ending.wait()
+        accepting.cancel()
+        listening.close()
+        for client in self._idle:
+            with contextlib.suppress(OSError):
+                client.socket.shutdown(socket.SHUT_RD)  # as if it had left
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def end(self) -> None:
+        """Take no more requests."""
+        self._ending.set()
+
+    async def _accept(self, listening: socket.socket) -> None:
+        while True:
+            try:
+                connected, _ = await asyncio.get_running_loop().sock_accept(listening)
+            except OSError:  # it left again, or there are no more files to open for the moment
+                await asyncio.sleep(0.01)
+                continue
+            task = asyncio.ensure_future(self._serve(Stream(connected)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, client: Stream) -> None:
+        link = _Link(client, self._upstream)
+        try:
+            while not self._ending.is_set():
+                self._idle.add(client)
+                head = await read_head(client)
+                self._idle.discard(client)
+                if head is None or not await link.relay(head):
+                    return
+        except Refused as refused:
+            await link.refuse(refused)
+        except OSError:
+            pass  # one of the two is gone, and the other hears of it by the end of its connection
+        finally:
+            self._idle.discard(client)
+            link.close()
+
+
+class _Link:
+    """A client's connection and ours to the server, opened with the first request."""
+
+    def __init__(self, client: Stream, upstream: tuple[str, int]) -> None:
+        self._client, self._address = client, upstream
+        self._server: Stream | None = None
+
+    async def relay(self, head: Head) -> bool:
+        """Pass a request on and its answer back; give whether the connection is kept."""
+        arrived = time.time()
+        if not _REQUEST.fullmatch(head.first):
+            raise Refused(400, f"expected a request of HTTP/1.1, got {head.first[:80].decode(errors='replace')!r}")
+        inspection = Inspection(head, _room()) if _asks_for_inference(head) else None
+        if head.says(b"expect", b"100-continue"):
+            await self._client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        waiting = bytearray(head.to_bytes(without=_OURS, more=((_ARRIVED, f"{arrived:.6f}".encode()),)))
+        async for raw, content in pieces(self._client, head):
+            if inspection is not None:
+                was_done = inspection.is_done
+                inspection.feed(content)
+                if not was_done:
+                    waiting += raw
+                    continue
+            if waiting:
+                await self._send(waiting)
+                waiting = bytearray()
+            await self._send(raw)
+        if inspection is not None:
+            inspection.end()
+        await self._send(waiting)
+        return await self._answer(head) and head.stays
+
+    async def refuse(self, refused: Refused) -> None:
+        """Answer in the server's stead. What the client still sends is read for a while, or it would not see the answer."""
+        body = json.dumps({"error": refused.text}).encode()
+        first = f"HTTP/1.1 {refused.status} {HTTPStatus(refused.status).phrase}\r\n"
+        headers = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        with contextlib.suppress(OSError, TimeoutError):
+            await self._client.send(first.encode() + headers.encode() + body)
+            self._client.socket.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(_LINGER_S):
+                while await self._client.some(PIECE):
+                    pass
+
+    def close(self) -> None:
+        """End both connections."""
+        self._client.close()
+        if self._server is not None:
+            self._server.close()
+
+    async def _send(self, data: Piece | bytearray) -> None:
+        server = await self._connected()
+        # a server that answers at once closes while we send; its answer can be read all the same
+        with contextlib.suppress(ConnectionError):
+            await server.send(data)
+
+    async def _connected(self) -> Stream:
+        if self._server is None:
+            connecting = socket.socket()
+            connecting.setblocking(False)
+            try:
+                await asyncio.get_running_loop().sock_connect(connecting, self._address)
+            except OSError as err:
+                connecting.close()
+                raise Refused(503, f"the server is not there now ({err.strerror or err}); try again later") from None
+            self._server = Stream(connecting)
+        return self._server
+
+    async def _answer(self, asked: Head) -> bool:
+        """Pass the server's answer back; give whether its connection is kept."""
+        server = await self._connected()
+        while True:
+            try:
+                head = await read_head(server)
+            except ConnectionError:
+                head = None
+            if head is None:
+                raise Refused(502, "the server ended the connection without an answer; try again later")
+            await self._client.send(head.to_bytes())
+            if not _NO_BODY.match(head.first) and not asked.first.startswith(b"HEAD "):
+                async for raw, _ in pieces(server, head, until_the_end=True):
+                    await self._client.send(raw)
+            if not head.first.split(b" ")[1].startswith(b"1"):
+                known = head.is_chunked or head.value(b"content-length") is not None or _NO_BODY.match(head.first) is not None
+                return head.stays and known
+
+
+_OURS = frozenset([b"expect", _ARRIVED])
+
+
+def _asks_for_inference(head: Head) -> bool:
+    """Whether a body may announce tensors; a path in disguise is looked at too."""
+    target = head.first.split(b" ")[1].lower()
+    return head.first.startswith(b"POST ") and (b"/infer" in target or b"%" in target)
+
+
+def _room() -> int | None:
+    """Bytes that are free where requests pass through; None where that is nowhere."""
+    return shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else None
+
+
+async def _serve(listening: socket.socket, upstream: tuple[str, int]) -> None:
+    guard, parent = Guard(upstream), os.getppid()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.end)
+    running = asyncio.ensure_future(guard.run(listening))
+    while not running.done():
+        await asyncio.wait([running], timeout=1)
+        if os.getppid() != parent:  # whoever started us is gone
+            return
+    await running
+
+
+def main() -> None:
+    """Serve the socket whose number is the first argument, before the server whose port on this machine is the second."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    number, port = (int(text) for text in sys.argv[1:])
+    asyncio.run(_serve(socket.socket(fileno=number), ("127.0.0.1", port)))
