@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import SegrtError
@@ -14,7 +15,7 @@ from .fatal import image_in
 
 logger = logging.getLogger(__name__)
 
-_POLL_S, _MOST, _WITHIN_S, _FATAL = 0.5, 5, 600.0, 2
+_LEARN_S, _POLL_S, _MOST, _WITHIN_S, _FATAL = 0.05, 0.5, 5, 600.0, 2
 
 
 class Watch:
@@ -69,8 +70,7 @@ class Watch:
 
     def _look(self) -> list[str]:
         """Models that lost a process since the last look."""
-        children = _children(self._pid)
-        self._models |= {child: model for child in children.keys() - self._models if (model := _model_of(_command(child)))}
+        children = self._learn()
         zombies = {child for child, (_, state) in children.items() if state == "Z" and child in self._models}
         dead = zombies & self._suspects
         self._suspects = zombies - dead
@@ -78,6 +78,29 @@ class Watch:
             if image := image_in(children[child][0]):
                 self._images[self._models[child], image] += 1
         return sorted({self._models.pop(child) for child in dead})
+
+    def _learn(self) -> dict[int, tuple[str, str]]:
+        """The server's children; whose they are can be told only while they live."""
+        children = _children(self._pid)
+        self._models |= {child: model for child in children.keys() - self._models if (model := _model_of(_command(child)))}
+        return children
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """Learn of new processes while the block runs: one may die at the first request that finds it."""
+        done = threading.Event()
+
+        def learn() -> None:
+            while not done.wait(_LEARN_S):
+                self._learn()
+
+        learner = threading.Thread(target=learn, name="segrt-watch-learner", daemon=True)
+        learner.start()
+        try:
+            yield
+        finally:
+            done.set()
+            learner.join()
 
     def _bring_back(self, model: str) -> None:
         now = time.monotonic()
@@ -87,7 +110,8 @@ class Watch:
             self._give_up(f"the process of model {model!r} died {len(recent)} times within {_WITHIN_S / 60:.0f} minutes")
             return
         try:
-            self._revive(model)
+            with self._learning():
+                self._revive(model)
         except SegrtError as err:
             if not self._ended.is_set():
                 self._give_up(f"the process of model {model!r} died and cannot be started again: {err}")

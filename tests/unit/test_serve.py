@@ -234,6 +234,49 @@ def test_a_process_that_its_server_ended_is_not(tmp_path: Path) -> None:
     assert watch_a_death(tmp_path, "wait") == []
 
 
+SHORT_LIVED = """
+import subprocess, sys, time
+for line in sys.stdin:
+    child = subprocess.Popen(sys.argv[1:3])
+    time.sleep(0.5)
+    child.kill()
+    print(child.pid, flush=True)
+"""
+
+
+def test_a_process_that_dies_before_its_revival_has_returned_is_noticed_too(tmp_path: Path) -> None:
+    """As of an image that is sent again as soon as there is a process to work on it."""
+    stub, script = tmp_path / "triton_python_backend_stub", tmp_path / "organ" / "1" / "model.py"
+    stub.symlink_to("/bin/sh")
+    script.parent.mkdir(parents=True)
+    script.write_text("sleep 1000\n")
+    command = [sys.executable, "-c", SHORT_LIVED, str(stub), str(script)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        revived: list[str] = []
+
+        def revive(model: str) -> None:
+            revived.append(model)
+            if len(revived) < 3:
+                parent.stdin.write("\n")
+                parent.stdin.flush()
+                parent.stdout.readline()
+
+        watch = Watch(parent.pid, revive, pytest.fail)
+        with watch._learning():
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+            parent.stdout.readline()
+        watch.start()
+        until = time.monotonic() + 60
+        while len(revived) < 3:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        watch.stop()
+    assert revived == ["organ"] * 3
+
+
 def test_only_stubs_are_models() -> None:
     assert _model_of(["/b/python/triton_python_backend_stub", "/r/organ/2/model.py", "region"]) == "organ"
     assert _model_of(["/bin/sh", "/r/organ/2/model.py"]) is None
