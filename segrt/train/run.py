@@ -22,7 +22,7 @@ from .records import environment, tell_environment
 from .select import choose_best, choose_nothing, choose_postprocess
 from .space import check_space
 from .splits import covering_folds, scored_on, split_of
-from .start import check_once, check_writable, choose_device, measure_once, plan_once, prepare_cases, record_split
+from .start import check_once, check_writable, choose_device, measure_once, plan_once, prepare_cases, record_split, settle_threads
 from .tell import tell_plan
 from .work import Trained, Work, in_turn, labels_of
 
@@ -81,6 +81,7 @@ def train_model(
     for fold in config.folds if not dataset.missing else ():
         split_of(dataset, config, fold)  # what cannot be split is said before anything is read
     check_intensities(dataset, config)
+    settle_threads()
     device = choose_device(config.device)
     if config.precision == "auto":
         config = config.model_copy(update={"precision": "fp16" if device.type == "cuda" else "fp32"})

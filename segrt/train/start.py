@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 
 from ..errors import BackendError, InputError
@@ -111,6 +112,17 @@ def record_split(place: Work, fold: str, split: Split, folder: Path) -> None:
         place.show.stage(f"fold {fold}: split one by one, by --patients none: {torn}" if asked else f"warning: {torn}; see --patients")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "split.json", json.dumps(values, indent=1) + "\n")
+
+
+def settle_threads() -> None:
+    """Let numba start its threads, which sets the number of torch's (OpenMP's) too, and set that back.
+
+    Otherwise the first stage that runs a kernel changes it, and a training that goes on from there computes with another number of threads
+    than one that goes on from a checkpoint: under OMP_NUM_THREADS, as torchrun sets it, losses would differ in their last digits.
+    """
+    before = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(before)
 
 
 def choose_device(name: str) -> torch.device:
