@@ -31,6 +31,8 @@ def lay_out(network: nn.Module, device: torch.device) -> torch.memory_format:
 
 
 def _normalise_samples(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, images: Tensor) -> Tensor:
+    if images.ndim == norm._get_no_batch_dim():
+        return type(norm).forward(norm, images)
     samples = [functional.batch_norm(sample, None, None, norm.weight, norm.bias, True, 0.0, norm.eps) for sample in torch.split(images, 1)]
     return torch.cat(samples) if len(samples) > 1 else samples[0]
 
@@ -48,7 +50,7 @@ def widen_thin_convolutions(network: nn.Module, device: torch.device) -> None:
 
 
 def _convolve(forward: Callable[[Tensor], Tensor], kernel: Sequence[int], image: Tensor) -> Tensor:
-    thin = any(side < wide for side, wide in zip(image.shape[2:], kernel, strict=True))
+    thin = any(side < wide for side, wide in zip(image.shape[-len(kernel) :], kernel, strict=True))
     if not thin or not torch.is_autocast_enabled(image.device.type):
         return forward(image)
     with torch.autocast(image.device.type, enabled=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from segrt.train.layout import lay_out
+from segrt.train.layout import lay_out, widen_thin_convolutions
 
 CPU = torch.device("cpu")
 
@@ -76,3 +77,37 @@ def test_instance_normalisation_keeps_the_layout_and_its_numbers(
         assert found.grad is not None
         assert right.grad is not None
         assert torch.allclose(found.grad.double(), right.grad, rtol=tolerance, atol=tolerance * float(right.grad.abs().max()))
+
+
+def laid_out(*layers: nn.Module) -> nn.Sequential:
+    network = nn.Sequential(*layers)
+    lay_out(network, CPU)
+    widen_thin_convolutions(network, CPU)
+    return network
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_copy_computes_with_its_own_weights(precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = laid_out(nn.Conv3d(1, 16, 3, padding=1), nn.InstanceNorm3d(16, affine=True))
+    copied, image = copy.deepcopy(network), torch.randn(2, 1, 2, 4, 4)  # thinner than the kernel
+    with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        before = network(image)
+        for parameter in copied[1].parameters():
+            parameter.fill_(2)
+        assert torch.equal(network(image), before)
+        changed = copied(image)
+        copied[0].weight.zero_()
+        copied[0].bias.zero_()
+        assert not torch.equal(changed, before)
+        assert torch.equal(copied(image), torch.full_like(before, 2))
+
+
+def test_layers_take_one_image_without_a_batch() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True))
+    network = laid_out(*copy.deepcopy(plain))
+    image = torch.randn(1, 2, 4, 4)
+    assert torch.allclose(network(image), plain(image), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network[0](image).dtype == torch.float32  # thin, with and without a batch
