@@ -87,6 +87,8 @@ class Checkpoints:
         for name, part in parts.items():
             if name != "network":
                 part.load_state_dict(_joined(tensors, values["parts"][name], name))
+                if isinstance(part, torch.optim.Optimizer):
+                    _lay_out(part)
         return int(values["iteration"]), dict(values["progress"])
 
     def chosen(self) -> Weights:
@@ -180,3 +182,11 @@ def _joined(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], name: str) 
                 slots[int(number)][slot] = tensor
         state["state"] = slots
     return state
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Have momentum and the like lie in memory as their parameters do: files hold them contiguous, and steps over both would be slow."""
+    for parameter, state in optimizer.state.items():
+        for slot, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

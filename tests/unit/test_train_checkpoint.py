@@ -13,6 +13,7 @@ from train_jobs import tiny_config
 from segrt.errors import InputError, SpecError
 from segrt.networks import build
 from segrt.train.checkpoint import Checkpoints
+from segrt.train.layout import lay_out
 from segrt.train.optim import build_optimizer, build_schedule
 
 
@@ -51,6 +52,23 @@ def test_everything_comes_back(tmp_path: Path, optimizer: str) -> None:
         assert torch.equal(tensor, after["network"].state_dict()[name]), name
     assert before["scaler"].state_dict() == after["scaler"].state_dict() != {}
     assert before["optimizer"].param_groups[0]["lr"] == after["optimizer"].param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_what_an_optimizer_keeps_lies_like_its_weights(tmp_path: Path, optimizer: str) -> None:
+    store, before, after = Checkpoints(tmp_path, tiny_config(optimizer=optimizer), "plan"), _parts(optimizer), _parts(optimizer)
+    for parts in (before, after):
+        lay_out(parts["network"], torch.device("cpu"))
+    _step(before)
+    store.save(1, before, {})
+    store.resume(after)
+    slots = 0
+    for weight, state in after["optimizer"].state.items():
+        for value in state.values():
+            if weight.ndim == 5 and torch.is_tensor(value) and value.ndim == 5:
+                assert value.is_contiguous(memory_format=torch.channels_last_3d)
+                slots += 1
+    assert slots == {"sgd": 1, "adam": 2}[optimizer] * sum(weight.ndim == 5 for weight in after["network"].parameters())
 
 
 def test_nothing_to_go_on_from(tmp_path: Path) -> None:
