@@ -30,7 +30,7 @@ from .configuration import Configuration
 from .dataset import read_training_case
 from .locations import find_locations
 from .parallel import run_each
-from .sizes import DType, cache_bytes, case_memory
+from .sizes import DType, case_memory, room_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def prepare(
     found = {job.case.name: find_case(folder / job.case.name, _key(job)) for job in jobs}
     todo = [job for job in jobs if found[job.case.name] is None]
     _clear(folder)
-    _check_disk(todo, folder)
+    _check_disk(todo, folder, workers)
     logger.info("%s: %d of %d cases are prepared already", folder, len(jobs) - len(todo), len(jobs))
     at_once, ready = _at_once(todo, spec, workers), len(jobs) - len(todo)
     # the largest first, so that none of them is left when the others are done
@@ -164,11 +164,11 @@ def _clear(folder: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _check_disk(jobs: Sequence[_Job], folder: Path) -> None:
+def _check_disk(jobs: Sequence[_Job], folder: Path, workers: int) -> None:
     if not jobs:
         return
     first = jobs[0]
-    need = cache_bytes([job.case for job in jobs], first.spec, dtype=first.dtype, storage=first.storage)
+    need = room_bytes([job.case for job in jobs], first.spec, folder, dtype=first.dtype, storage=first.storage, workers=workers)
     free = shutil.disk_usage(folder).free
     logger.info("%s: %d cases to prepare, about %.2f GB", folder, len(jobs), need / 1e9)
     if need > free:

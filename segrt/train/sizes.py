@@ -33,6 +33,22 @@ def cache_bytes(cases: Sequence[TrainingCase], spec: ModelSpec, *, dtype: DType 
     return int(sum(voxels) * one * (_SHRINKS_TO if storage == "blosc2" else 1)) + points
 
 
+def room_bytes(
+    cases: Sequence[TrainingCase], spec: ModelSpec, folder: Path, *, dtype: DType = "float32", storage: Storage = "blosc2", workers: int = 1
+) -> int:
+    """Estimate the room on disk that preparing cases into `folder` takes, in bytes; those of other settings there make way.
+
+    Each of them stays until the new one is whole, so `workers` of them are there at the same time as what follows them.
+    """
+    made = cache_bytes(cases, spec, dtype=dtype, storage=storage)
+    there = sorted((_stored(folder / case.name) for case in cases), reverse=True)
+    return min(made, max(made - sum(there), 0) + sum(there[: max(workers, 1)]))
+
+
+def _stored(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*"))
+
+
 def case_memory(case: TrainingCase, spec: ModelSpec) -> int:
     """Upper bound of what preparing a case holds, in bytes: the image as read and as float32, the result and a copy, labels and masks."""
     image, working = _voxels(case, spec)

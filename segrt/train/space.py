@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ..errors import InputError
 from .configuration import Configuration
 from .prepare import unprepared
-from .sizes import cache_bytes
+from .sizes import room_bytes
 from .work import Work
 
 
@@ -27,7 +27,8 @@ def check_space(place: Work, stages: Mapping[str, Configuration]) -> None:
         folder = place.prepared(name, cascaded=configuration.previous is not None)
         left = unprepared(place.dataset, configuration, folder, dtype=config.cache, storage=config.storage)
         disk = (place.folder if configuration.previous is not None else place.shared).stat().st_dev
-        needs[disk] = needs.get(disk, 0) + cache_bytes(left, configuration.spec, dtype=config.cache, storage=config.storage)
+        need = room_bytes(left, configuration.spec, folder, dtype=config.cache, storage=config.storage, workers=config.workers)
+        needs[disk] = needs.get(disk, 0) + need
     names = ", ".join(stages)
     for disk, need in needs.items():
         folder, free = folders[disk], shutil.disk_usage(folders[disk]).free

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,26 @@ def test_the_needs_of_all_stages_are_added_up(tmp_path: Path, monkeypatch: pytes
     prepare(dataset, configuration, tmp_path / "prepared" / "a", workers=1)
     check_space(place, {"a": configuration, "b": configuration.model_copy(update={"previous": "a"})})
     assert f"need about {one / 1e9:.3g} GB" in told[-1]  # what is there needs no more
+
+
+def test_cases_of_other_settings_make_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other: beside the difference only the largest of them needs room, for each worker."""
+    dataset, told = write_dataset(tmp_path / "raw", [(12, 14, 10)] * 4), list[str]()
+    config = make_config(storage="npy", workers=1)
+    place = Work(tmp_path, dataset, config, CPU, tmp_path, Show(stage=told.append))
+    configuration, folder = configure(), tmp_path / "prepared" / "a"
+    half = prepare(dataset, configuration, folder, workers=1, dtype="float16", storage="npy")
+    old = [sum(case.sizes.values()) for case in half.cases]
+    new = cache_bytes(dataset.cases, configuration.spec, storage="npy")
+    assert 0 < sum(old) < new
+    for workers, room in {1: 1.1 * (new - sum(old) + max(old)), 4: new}.items():
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, room=room: Usage(room))
+        check_space(replace(place, config=config.model_copy(update={"workers": workers})), {"a": configuration})
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, room=room: Usage(0.8 * room))
+        with pytest.raises(InputError, match="prepared cases of a need about"):
+            check_space(replace(place, config=config.model_copy(update={"workers": workers})), {"a": configuration})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1.1 * (new - sum(old) + max(old))))
+    assert len(prepare(dataset, configuration, folder, workers=1, storage="npy").cases) == 4
 
 
 def test_cases_are_stored_as_the_configuration_says(tmp_path: Path) -> None:
