@@ -29,6 +29,7 @@ _REQUEST = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.[01]")
 _HEADER_SIZE = b"inference-header-content-length"
 _NO_BODY = re.compile(rb"HTTP/1\.. (1\d\d|204|304) ")
 _SHARED = Path("/dev/shm")
+_MOST_BYTES = 2**40
 # a client that was refused while it sent gets to read why before the connection is cut
 _LINGER_S = 5.0
 
@@ -36,7 +37,7 @@ _LINGER_S = 5.0
 class Inspection:
     """Looks at the beginning of a request's body, as it comes, until it knows whether the server may have it."""
 
-    def __init__(self, head: Head, room: int | None) -> None:
+    def __init__(self, head: Head, room: int) -> None:
         self._wanted, self._room = head.number(_HEADER_SIZE), room
         encoding = (head.value(b"content-encoding") or b"identity").lower()
         if encoding not in (b"identity", b"gzip", b"deflate"):
@@ -77,10 +78,10 @@ class Inspection:
         return data, self._unpack.unconsumed_tail
 
     def _check_size(self, size: int) -> None:
-        if self._room is not None and size > self._room:
+        if size > self._room:
             raise Refused(
                 413,
-                f"the request brings more than {self._room / 2**20:.0f} MB, which is what the server's shared memory ({_SHARED}) has free; "
+                f"the request brings more than {self._room / 2**20:.0f} MB, all that the server's shared memory ({_SHARED}) holds; "
                 "give it more (docker run --shm-size), or crop the image",
             )
 
@@ -167,9 +168,8 @@ class _Link:
         waiting = bytearray(head.to_bytes(without=_OURS, more=((_ARRIVED, f"{arrived:.6f}".encode()),)))
         async for raw, content in pieces(self._client, head):
             if inspection is not None:
-                was_done = inspection.is_done
                 inspection.feed(content)
-                if not was_done:
+                if not inspection.is_done:
                     waiting += raw
                     continue
             if waiting:
@@ -245,9 +245,9 @@ def _asks_for_inference(head: Head) -> bool:
     return head.first.startswith(b"POST ") and (b"/infer" in target or b"%" in target)
 
 
-def _room() -> int | None:
-    """Bytes that are free where requests pass through; None where that is nowhere."""
-    return shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else None
+def _room() -> int:
+    """The most bytes that fit where requests pass through; what is free says little, for the server keeps and uses again what it took."""
+    return min(shutil.disk_usage(_SHARED).total if _SHARED.is_dir() else _MOST_BYTES, _MOST_BYTES)
 
 
 async def _serve(listening: socket.socket, upstream: tuple[str, int]) -> None:

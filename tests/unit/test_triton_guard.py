@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -43,6 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, port: int = 0) -> None:
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
+        self.begun = list[str]()
         self.holds = threading.Event()
         self.holds.set()
         super().__init__(("127.0.0.1", port), Echo)
@@ -62,6 +64,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_POST(self) -> None:
+        self.server.begun.append(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Transfer-Encoding"):
             while size := int(self.rfile.readline(), 16):
@@ -254,6 +257,28 @@ def test_triton_guard_reads_no_more_json_than_a_server_can_hold(client: http.cli
     answer = post(client, body, Content_Encoding="gzip")
     assert (answer[0], "more than 64 MB of JSON" in sentence(answer)) == (413, True)
     assert server.seen == []
+
+
+def test_triton_guard_takes_what_fits_once_the_room_that_earlier_requests_took_is_used_again(
+    client: http.client.HTTPConnection, server: Server
+) -> None:
+    """Of shared memory, the server keeps what it took: what is free there when a request comes says nothing."""
+    taken = Path("/dev/shm", f"segrt_test_{os.getpid()}")
+    if not taken.parent.is_dir():
+        return  # nothing is checked there
+    with taken.open("wb") as earlier:
+        try:
+            client.putrequest("POST", INFER)
+            os.posix_fallocate(earlier.fileno(), 0, 2**20)
+            client.putheader("Content-Length", str(shutil.disk_usage(taken.parent).total))
+            client.putheader("Inference-Header-Content-Length", str(len(asking())))
+            client.endheaders(asking())
+            until = time.monotonic() + WAIT_S
+            while not server.begun:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        finally:
+            taken.unlink()
 
 
 def test_triton_guard_goes_on_after_clients_that_leave(front: tuple[str, int], client: http.client.HTTPConnection, server: Server) -> None:
