@@ -25,7 +25,7 @@ class Refused(Exception):  # noqa: N818 - an answer, not a failure
         self.status, self.text = status, text
 
 
-def check_announced(text: bytes) -> None:
+def check_announced(text: bytes | bytearray) -> None:
     """Refuse a request for an inference that announces more numbers than its JSON could hold.
 
     Tensors that travel as binary data or lie in shared memory are passed over: there the server compares sizes itself.

@@ -281,6 +281,30 @@ def test_triton_guard_takes_what_fits_once_the_room_that_earlier_requests_took_i
             taken.unlink()
 
 
+def test_triton_guard_refuses_a_compressed_body_that_goes_on_after_its_end(client: http.client.HTTPConnection, server: Server) -> None:
+    """What no request brings would be kept, and copied again with each piece that comes."""
+    for packed in (gzip.compress(asking()), zlib.compress(asking())):
+        answer = post(client, packed + bytes(2**24), Content_Encoding="gzip")
+        assert (answer[0], "goes on after its end" in sentence(answer)) == (400, True)
+    assert server.seen == []
+
+
+def test_triton_guard_holds_only_so_much_json_at_once(front: tuple[str, int], server: Server) -> None:
+    """Others are answered meanwhile."""
+    text = b'{"inputs": [{"data": [' + b"0," * (MOST_JSON // 2 - 100)
+    waiting = [http.client.HTTPConnection(*front, timeout=WAIT_S) for _ in range(5)]
+    for number, client in enumerate(waiting):
+        client.putrequest("POST", INFER)
+        client.putheader("Content-Length", str(2 * len(text)))
+        client.endheaders(text)
+        with closing(http.client.HTTPConnection(*front, timeout=WAIT_S)) as other:
+            assert post(other, asking()) == (200, asking()), number
+    answer = waiting[-1].getresponse()
+    assert (answer.status, "try again later" in json.loads(answer.read())["error"]) == (503, True)
+    for client in waiting:
+        client.close()
+
+
 def test_triton_guard_goes_on_after_clients_that_leave(front: tuple[str, int], client: http.client.HTTPConnection, server: Server) -> None:
     for cut in (b"", b"POST ", f"POST {INFER} HTTP/1.1\r\nContent-Length: 10000\r\n\r\n12".encode(), os.urandom(1000)):
         with socket.create_connection(front, WAIT_S) as connection:
