@@ -96,6 +96,9 @@ class _Link:
     async def relay(self, head: Head) -> bool:
         """Pass a request on and its answer back; give whether the connection is kept."""
         arrived = time.time()
+        if self._server is not None and not self._server.is_quiet:  # the server that answered last is gone
+            self._server.close()
+            self._server = None
         if not _REQUEST.fullmatch(head.first):
             raise Refused(400, f"expected a request of HTTP/1.1, got {head.first[:80].decode(errors='replace')!r}")
         inspection = Inspection(head, _room(), str(_SHARED), self._budget) if _asks_for_inference(head) else None
@@ -104,7 +107,11 @@ class _Link:
         finally:
             if inspection is not None:
                 inspection.close()
-        return await self._answer(head) and head.stays
+        is_kept = await self._answer(head) and head.stays
+        for stream in (self._client, self._server):
+            if stream is not None:
+                stream.rest()
+        return is_kept
 
     async def _ask(self, head: Head, inspection: Inspection | None, arrived: float) -> None:
         """Pass a request on, once it is known that the server may have it."""
@@ -151,14 +158,12 @@ class _Link:
 
     async def _connected(self) -> Stream:
         if self._server is None:
-            connecting = socket.socket()
-            connecting.setblocking(False)
             try:
+                connecting = socket.socket()
+                self._server = Stream(connecting)
                 await asyncio.get_running_loop().sock_connect(connecting, self._address)
             except OSError as err:
-                connecting.close()
                 raise Refused(503, f"the server is not there now ({err.strerror or err}); try again later") from None
-            self._server = Stream(connecting)
         return self._server
 
     async def _answer(self, asked: Head) -> bool:

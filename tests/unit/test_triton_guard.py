@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, port: int = 0) -> None:
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
-        self.begun = list[str]()
+        self.begun, self.has_left = list[str](), threading.Event()
         self.holds = threading.Event()
         self.holds.set()
         super().__init__(("127.0.0.1", port), Echo)
@@ -84,6 +85,14 @@ class Echo(http.server.BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self.wfile.write(b"3\r\nrea\r\n2\r\ndy\r\n0\r\n\r\n")
+        if self.headers.get("leave"):
+            self.close_connection = True
+
+    def finish(self) -> None:
+        super().finish()
+        with suppress(OSError):  # the client left first
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.server.has_left.set()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -303,6 +312,30 @@ def test_triton_guard_holds_only_so_much_json_at_once(front: tuple[str, int], se
     assert (answer.status, "try again later" in json.loads(answer.read())["error"]) == (503, True)
     for client in waiting:
         client.close()
+
+
+def test_triton_guard_answers_others_while_one_sends_chunks_of_a_byte(front: tuple[str, int], server: Server) -> None:
+    """A hundred thousand chunks are in its hands at once, and another asks in the middle of them."""
+    count = 100_000
+    head = f"POST {INFER} HTTP/1.1\r\nTransfer-Encoding: chunked\r\nInference-Header-Content-Length: {count}\r\n\r\n"
+    with socket.create_connection(front, WAIT_S) as busy, closing(http.client.HTTPConnection(*front, timeout=WAIT_S)) as other:
+        other.request("GET", "/v2/health/live")
+        assert other.getresponse().read() == b"ready"
+        busy.sendall(head.encode() + b"1\r\n \r\n" * count)
+        other.request("GET", "/v2/health/live")
+        assert other.getresponse().read() == b"ready"
+        assert (server.begun, select.select([busy], [], [], 0)[0]) == ([], [])
+        busy.sendall(b"0\r\n\r\n")
+        assert busy.recv(12) == b"HTTP/1.1 400"
+
+
+def test_triton_guard_takes_up_a_server_that_was_started_again_between_two_requests_of_a_client(
+    client: http.client.HTTPConnection, server: Server
+) -> None:
+    client.request("GET", "/v2/health/live", headers={"leave": "now"})
+    assert client.getresponse().read() == b"ready"
+    assert server.has_left.wait(WAIT_S)
+    assert post(client, asking()) == (200, asking())
 
 
 def test_triton_guard_goes_on_after_clients_that_leave(front: tuple[str, int], client: http.client.HTTPConnection, server: Server) -> None:
