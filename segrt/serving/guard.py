@@ -18,6 +18,7 @@ import sys
 import time
 from http import HTTPStatus
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 from .announced import Refused
 from .inspection import Budget, Inspection
@@ -26,6 +27,7 @@ from .streams import Stream
 
 _ARRIVED = b"segrt-arrived"  # segrt.protocol.ARRIVED, which brings more than the standard library
 _REQUEST = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.[01]")
+_INFER = re.compile(rb"/models/.*/infer", re.IGNORECASE | re.DOTALL)
 _NO_BODY = re.compile(rb"HTTP/1\.. (1\d\d|204|304) ")
 _SHARED = Path("/dev/shm")
 _MOST_BYTES = 2**40
@@ -190,8 +192,7 @@ _OURS = frozenset([b"expect", _ARRIVED])
 
 def _asks_for_inference(head: Head) -> bool:
     """Whether a body may announce tensors; a path in disguise is looked at too."""
-    target = head.first.split(b" ")[1].lower()
-    return head.first.startswith(b"POST ") and (b"/infer" in target or b"%" in target)
+    return head.first.startswith(b"POST ") and _INFER.search(unquote_to_bytes(head.first.split(b" ")[1])) is not None
 
 
 def _room() -> int:

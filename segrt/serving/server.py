@@ -132,8 +132,8 @@ class Server:
             self._ports, self._inner = self.options.with_free_ports(), free_port()
             try:
                 self._launch()
-            except BackendError:
-                if attempt + 1 < _ATTEMPTS and (self._lost_a_port() or self._was_starved()):
+            except BackendError as err:
+                if attempt + 1 < _ATTEMPTS and (self._lost_a_port(str(err)) or self._was_starved()):
                     continue
                 raise
             break
@@ -243,10 +243,10 @@ class Server:
         if self._show is not None and self.options.shows(line):
             self._show(line)
 
-    def _lost_a_port(self) -> bool:
+    def _lost_a_port(self, reason: str) -> bool:
         """Whether somebody else took one that we had chosen, between the choice and its use."""
         chosen = {*self._ports.ports, self._inner} - set(self.options.ports)
-        return _BUSY in self.reason and any(f":{port}" in self.reason for port in chosen)
+        return _BUSY in reason and any(f":{port}" in reason for port in chosen)
 
     def _was_starved(self) -> bool:
         """Whether it aborted because a model's process got no CPU for so long that a lock they share was given up."""

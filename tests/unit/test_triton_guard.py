@@ -149,6 +149,20 @@ def test_triton_guard_passes_everything_else_byte_by_byte(client: http.client.HT
     assert (path, body, headers["Inference-Header-Content-Length"]) == (INFER, binary, str(len(head)))
 
 
+def test_triton_guard_passes_on_what_holds_no_json_where_others_have_it(client: http.client.HTTPConnection, server: Server) -> None:
+    for path, body in ((INFER, b"bytes of one tensor"), ("/v2/systemsharedmemory/region/my%20region/unregister", b"")):
+        assert post(client, body, path, Inference_Header_Content_Length="0") == (200, body)
+    for name in ("my%20region", "infer_buf", "organ/infer"):
+        assert post(client, b"", f"/v2/systemsharedmemory/region/{name}/unregister") == (200, b"")
+    assert len(server.seen) == 5
+
+
+@pytest.mark.parametrize("path", ["/v2/models/organ/versions/1/infer", "/v2/models/organ/%69nfer", "http://a/v2//models/organ/infer?x=1"])
+def test_triton_guard_sees_through_a_path_in_disguise(client: http.client.HTTPConnection, server: Server, path: str) -> None:
+    assert post(client, asking(shape=HUGE), path)[0] == 400
+    assert server.seen == []
+
+
 def test_triton_guard_says_when_a_request_came_and_lets_nobody_else_say_so(client: http.client.HTTPConnection, server: Server) -> None:
     before = time.time()
     post(client, asking(), segrt_arrived="7")
@@ -206,6 +220,9 @@ def test_triton_guard_refuses_a_million_million_voxels_that_are_announced(
         ),
         (b'{"inputs": [{"name": "A", "sh\\u0061pe": [10000000,10000000' + b" " * 2**20 + b"]}]}", "no shape that can be read"),
         (asking(name="A" * 2**21), "bytes of JSON that is not numbers"),
+        (asking(data=[[0.5, 1.5]] * 200_000, shape=HUGE), "announces 1 x 10000"),
+        (b'{"inputs": [{"name": "A", "shape": [[1, 2], [3]], "data": [' + b"[1,2]," * 300_000 + b"0]}]}", "no shape that can be read"),
+        (b"[" * 2**20 + b"]" * 2**20, "bytes of JSON that is not numbers"),
     ],
 )
 def test_triton_guard_reads_no_request_otherwise_than_the_server_does(text: bytes, said: str) -> None:
@@ -223,6 +240,8 @@ def test_triton_guard_reads_no_request_otherwise_than_the_server_does(text: byte
         asking(shape=HUGE, parameters={"binary_data_size": 4}),
         asking(data=[0.25] * 300_000, shape=[1, 3, 1000, 100]),
         asking(data=[[-1.5e-3] * 100] * 3_000, shape=[3_000, 100]),
+        asking(data=[[0.5, 1.5]] * 200_000, shape=[200_000, 2]),
+        asking(data=[[[[[0.5]]], [[[1.5]]]]] * 100_000, shape=[100_000, 2, 1, 1, 1]),
         b'{"text_input": "no tensors"}',
         b"[]",
     ],
