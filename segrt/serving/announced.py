@@ -14,7 +14,9 @@ from typing import Any
 MOST_JSON = 2**26
 # beyond this, lists of numbers are taken out before the rest is read
 _PLAIN = 2**20
-_LISTS = re.compile(rb'"shape"\s*:\s*\[[^\]]{0,200}\]|(\[[-+0-9\s,.eE]{16,}\])')
+_LISTS = re.compile(rb'"shape"\s*:\s*\[[^\]]{0,200}\]|(\[[-+0-9\s,.eE]*+\])')
+# as deep as tensors are
+_DEEPEST = 8
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not a failure
@@ -25,7 +27,7 @@ class Refused(Exception):  # noqa: N818 - an answer, not a failure
         self.status, self.text = status, text
 
 
-def check_announced(text: bytes) -> None:
+def check_announced(text: bytes | bytearray) -> None:
     """Refuse a request for an inference that announces more numbers than its JSON could hold.
 
     Tensors that travel as binary data or lie in shared memory are passed over: there the server compares sizes itself.
@@ -39,7 +41,7 @@ def check_announced(text: bytes) -> None:
     Refused
         Also when it is no JSON, or says something twice, for then the server may read it otherwise than we do.
     """
-    short = text if len(text) <= _PLAIN else _LISTS.sub(lambda found: found[0] if found[1] is None else b'"_"', text)
+    short = _shortened(text)
     if len(short) > _PLAIN:
         raise Refused(413, f"the request has {len(text)} bytes of JSON that is not numbers; send its tensors as binary data")
     try:
@@ -52,6 +54,16 @@ def check_announced(text: bytes) -> None:
     for tensor in inputs if isinstance(inputs, list) else ():
         if isinstance(tensor, dict):
             _check_tensor(tensor, len(text))
+
+
+def _shortened(text: bytes | bytearray) -> bytes | bytearray:
+    """The text with a number in place of each list of numbers, and then of lists of those; a shape that is none is refused later."""
+    short = text
+    for _ in range(_DEEPEST):
+        if len(short) <= _PLAIN:
+            break
+        short = _LISTS.sub(lambda found: found[0] if found[1] is None else b"0", short)
+    return short
 
 
 def _check_tensor(tensor: dict[str, Any], size: int) -> None:

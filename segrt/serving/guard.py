@@ -16,91 +16,30 @@ import signal
 import socket
 import sys
 import time
-import zlib
 from http import HTTPStatus
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
-from .announced import MOST_JSON, Refused, check_announced
+from .announced import Refused
+from .inspection import Budget, Inspection
 from .messages import PIECE, Head, Piece, pieces, read_head
 from .streams import Stream
 
 _ARRIVED = b"segrt-arrived"  # segrt.protocol.ARRIVED, which brings more than the standard library
 _REQUEST = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.[01]")
-_HEADER_SIZE = b"inference-header-content-length"
+_INFER = re.compile(rb"/models/.*/infer", re.IGNORECASE | re.DOTALL)
 _NO_BODY = re.compile(rb"HTTP/1\.. (1\d\d|204|304) ")
 _SHARED = Path("/dev/shm")
+_MOST_BYTES = 2**40
 # a client that was refused while it sent gets to read why before the connection is cut
 _LINGER_S = 5.0
-
-
-class Inspection:
-    """Looks at the beginning of a request's body, as it comes, until it knows whether the server may have it."""
-
-    def __init__(self, head: Head, room: int | None) -> None:
-        self._wanted, self._room = head.number(_HEADER_SIZE), room
-        encoding = (head.value(b"content-encoding") or b"identity").lower()
-        if encoding not in (b"identity", b"gzip", b"deflate"):
-            raise Refused(415, f"Content-Encoding is {encoding.decode(errors='replace')!r}, expected gzip or deflate")
-        self._unpack = None if encoding == b"identity" else zlib.decompressobj(47)  # gzip or zlib, by its first bytes
-        self._text, self._size, self.is_done = bytearray(), 0, False
-        self._check_size(head.number(b"content-length") or 0)
-
-    def feed(self, content: Piece) -> None:
-        """Take in what came next.
-
-        Raises
-        ------
-        Refused
-            When the server must not have it.
-        """
-        while content:
-            data, content = self._unpacked(content)
-            self._size += len(data)
-            self._check_size(self._size)
-            if not self.is_done:
-                self._text += data
-                self._look()
-
-    def end(self) -> None:
-        """There is no more."""
-        if not self.is_done:
-            self._decide()
-
-    def _unpacked(self, content: Piece) -> tuple[Piece, Piece]:
-        """Some of the content as the server will see it, and what is left."""
-        if self._unpack is None:
-            return content, b""
-        try:
-            data = self._unpack.decompress(content, PIECE)
-        except zlib.error as err:
-            raise Refused(400, f"the request's compressed body is damaged ({err})") from None
-        return data, self._unpack.unconsumed_tail
-
-    def _check_size(self, size: int) -> None:
-        if self._room is not None and size > self._room:
-            raise Refused(
-                413,
-                f"the request brings more than {self._room / 2**20:.0f} MB, which is what the server's shared memory ({_SHARED}) has free; "
-                "give it more (docker run --shm-size), or crop the image",
-            )
-
-    def _look(self) -> None:
-        if self._wanted is not None and len(self._text) >= self._wanted:
-            self._decide()
-        elif len(self._text) > MOST_JSON:
-            raise Refused(413, f"the request has more than {MOST_JSON >> 20} MB of JSON; send its tensors as binary data")
-
-    def _decide(self) -> None:
-        self.is_done = True
-        check_announced(bytes(self._text[: self._wanted]))
-        self._text.clear()
 
 
 class Guard:
     """Serves connections on a listening socket, each with one of its own to the server."""
 
     def __init__(self, upstream: tuple[str, int]) -> None:
-        self._upstream, self._ending = upstream, asyncio.Event()
+        self._upstream, self._budget, self._ending = upstream, Budget(), asyncio.Event()
         self._idle, self._tasks = set[Stream](), set[asyncio.Task[None]]()
 
     async def run(self, listening: socket.socket) -> None:
@@ -132,7 +71,7 @@ class Guard:
             task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, client: Stream) -> None:
-        link = _Link(client, self._upstream)
+        link = _Link(client, self._upstream, self._budget)
         try:
             while not self._ending.is_set():
                 self._idle.add(client)
@@ -152,24 +91,39 @@ class Guard:
 class _Link:
     """A client's connection and ours to the server, opened with the first request."""
 
-    def __init__(self, client: Stream, upstream: tuple[str, int]) -> None:
-        self._client, self._address = client, upstream
+    def __init__(self, client: Stream, upstream: tuple[str, int], budget: Budget) -> None:
+        self._client, self._address, self._budget = client, upstream, budget
         self._server: Stream | None = None
 
     async def relay(self, head: Head) -> bool:
         """Pass a request on and its answer back; give whether the connection is kept."""
         arrived = time.time()
+        if self._server is not None and not self._server.is_quiet:  # the server that answered last is gone
+            self._server.close()
+            self._server = None
         if not _REQUEST.fullmatch(head.first):
             raise Refused(400, f"expected a request of HTTP/1.1, got {head.first[:80].decode(errors='replace')!r}")
-        inspection = Inspection(head, _room()) if _asks_for_inference(head) else None
+        inspection = Inspection(head, _room(), str(_SHARED), self._budget) if _asks_for_inference(head) else None
+        try:
+            await self._ask(head, inspection, arrived)
+        finally:
+            if inspection is not None:
+                inspection.close()
+        is_kept = await self._answer(head) and head.stays
+        for stream in (self._client, self._server):
+            if stream is not None:
+                stream.rest()
+        return is_kept
+
+    async def _ask(self, head: Head, inspection: Inspection | None, arrived: float) -> None:
+        """Pass a request on, once it is known that the server may have it."""
         if head.says(b"expect", b"100-continue"):
             await self._client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         waiting = bytearray(head.to_bytes(without=_OURS, more=((_ARRIVED, f"{arrived:.6f}".encode()),)))
         async for raw, content in pieces(self._client, head):
             if inspection is not None:
-                was_done = inspection.is_done
-                inspection.feed(content)
-                if not was_done:
+                await inspection.feed(content)
+                if not inspection.is_done:
                     waiting += raw
                     continue
             if waiting:
@@ -177,9 +131,8 @@ class _Link:
                 waiting = bytearray()
             await self._send(raw)
         if inspection is not None:
-            inspection.end()
+            await inspection.end()
         await self._send(waiting)
-        return await self._answer(head) and head.stays
 
     async def refuse(self, refused: Refused) -> None:
         """Answer in the server's stead. What the client still sends is read for a while, or it would not see the answer."""
@@ -207,14 +160,12 @@ class _Link:
 
     async def _connected(self) -> Stream:
         if self._server is None:
-            connecting = socket.socket()
-            connecting.setblocking(False)
             try:
+                connecting = socket.socket()
+                self._server = Stream(connecting)
                 await asyncio.get_running_loop().sock_connect(connecting, self._address)
             except OSError as err:
-                connecting.close()
                 raise Refused(503, f"the server is not there now ({err.strerror or err}); try again later") from None
-            self._server = Stream(connecting)
         return self._server
 
     async def _answer(self, asked: Head) -> bool:
@@ -241,13 +192,12 @@ _OURS = frozenset([b"expect", _ARRIVED])
 
 def _asks_for_inference(head: Head) -> bool:
     """Whether a body may announce tensors; a path in disguise is looked at too."""
-    target = head.first.split(b" ")[1].lower()
-    return head.first.startswith(b"POST ") and (b"/infer" in target or b"%" in target)
+    return head.first.startswith(b"POST ") and _INFER.search(unquote_to_bytes(head.first.split(b" ")[1])) is not None
 
 
-def _room() -> int | None:
-    """Bytes that are free where requests pass through; None where that is nowhere."""
-    return shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else None
+def _room() -> int:
+    """The most bytes that fit where requests pass through; what is free says little, for the server keeps and uses again what it took."""
+    return min(shutil.disk_usage(_SHARED).total if _SHARED.is_dir() else _MOST_BYTES, _MOST_BYTES)
 
 
 async def _serve(listening: socket.socket, upstream: tuple[str, int]) -> None:

@@ -109,7 +109,9 @@ class Limits:
 
 
 def check_answer(name: str, bundle: Bundle, grid: Grid, *, probabilities: bool, shared: Path = _SHARED) -> None:
-    """Refuse an image whose answer has no room in the shared memory through which it goes to the server, before the work is done.
+    """Refuse an image whose answer can never fit in the shared memory through which it goes to the server, before the work is done.
+
+    What is free there is not asked: the server keeps what it took, and uses it again for the next answer.
 
     Parameters
     ----------
@@ -122,11 +124,11 @@ def check_answer(name: str, bundle: Bundle, grid: Grid, *, probabilities: bool, 
     """
     if not shared.is_dir():
         return
-    spec, free = bundle.spec, shutil.disk_usage(shared).free
+    spec, total = bundle.spec, shutil.disk_usage(shared).total
     needed = prod(grid.shape) * (np.dtype(spec.label_dtype).itemsize + (4 * spec.classes if probabilities else 0))
-    if needed > free:
+    if needed > total:
         raise BackendError(
-            f"the answer to {name} needs {needed / 2**20:.0f} MB of the server's shared memory, {free / 2**20:.0f} are free in {shared}; "
+            f"the answer to {name} needs {needed / 2**20:.0f} MB of the server's shared memory, {shared} has {total / 2**20:.0f}; "
             "give it more (docker run --shm-size), or ask for no probabilities"
         )
 

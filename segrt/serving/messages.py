@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from .announced import Refused
 from .streams import Stream, TooLong
 
 PIECE = 2**20
+_TURN = 16  # chunks that are passed on before other connections have their turn: a buffer holds thousands of small ones
 Piece: TypeAlias = bytes | memoryview
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
@@ -131,7 +134,9 @@ async def pieces(stream: Stream, head: Head, *, until_the_end: bool = False) -> 
 
 
 async def _chunks(stream: Stream) -> AsyncIterator[tuple[Piece, Piece]]:
-    while True:
+    for number in itertools.count(1):
+        if not number % _TURN:
+            await asyncio.sleep(0)
         line = await _line(stream)
         found = _CHUNK_LINE.fullmatch(line)
         if not found:

@@ -132,8 +132,8 @@ class Server:
             self._ports, self._inner = self.options.with_free_ports(), free_port()
             try:
                 self._launch()
-            except BackendError:
-                if attempt + 1 < _ATTEMPTS and (self._lost_a_port() or self._was_starved()):
+            except BackendError as err:
+                if attempt + 1 < _ATTEMPTS and (self._lost_a_port(str(err)) or self._was_starved()):
                     continue
                 raise
             break
@@ -243,10 +243,10 @@ class Server:
         if self._show is not None and self.options.shows(line):
             self._show(line)
 
-    def _lost_a_port(self) -> bool:
+    def _lost_a_port(self, reason: str) -> bool:
         """Whether somebody else took one that we had chosen, between the choice and its use."""
         chosen = {*self._ports.ports, self._inner} - set(self.options.ports)
-        return _BUSY in self.reason and any(f":{port}" in self.reason for port in chosen)
+        return _BUSY in reason and any(f":{port}" in reason for port in chosen)
 
     def _was_starved(self) -> bool:
         """Whether it aborted because a model's process got no CPU for so long that a lock they share was given up."""
@@ -270,7 +270,9 @@ class Server:
         """Whether every model is ready; the server itself says so, and by its name that it is ours and not another one at that port."""
         try:
             self._call("health/ready", timeout=5)
-            return bool(json.loads(self._call("", timeout=5))["name"] == self._name)
+            is_ours = bool(json.loads(self._call("", timeout=5))["name"] == self._name)
+            call(self.http, "health/live", key="", timeout=5)  # as its clients reach it
+            return is_ours
         except BackendError:
             return False
 
@@ -305,4 +307,5 @@ class Server:
         self._call(f"repository/models/{model}/load", body, timeout=self.options.ready_s)
 
     def _call(self, path: str, body: dict[str, Any] | None = None, *, timeout: float = 30.0) -> bytes:
-        return call(self.http, path, body, key=self._key, timeout=timeout)
+        # past the guard, which others keep busy
+        return call(f"127.0.0.1:{self._inner}", path, body, key=self._key, timeout=timeout)

@@ -306,6 +306,26 @@ def test_the_command_says_what_is_wrong(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_port_that_is_lost_after_its_choice_is_said_or_chosen_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    (tmp_path / "models" / "organ").mkdir(parents=True)
+    (tmp_path / "models" / "organ" / "config.pbtxt").touch()
+    program = write_installation(tmp_path / "triton")
+    program.write_text("#!/bin/sh\necho it ran\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        chosen = [ServerOptions(http_port=port)]
+        options = ServerOptions(program=program, http_port=port if given else 0)
+        # as if another program took it at this moment
+        choose = ServerOptions.with_free_ports
+        monkeypatch.setattr(ServerOptions, "with_free_ports", lambda own: chosen.pop() if chosen else choose(own))
+        sentence = f"http_port: 127.0.0.1:{port} cannot be used .Address already in use" if given else "before it was ready: it ran"
+        with pytest.raises(BackendError, match=sentence):
+            Server(tmp_path / "models", options).start()
+
+
 @pytest.mark.parametrize(
     ("words", "signal_", "starts"),
     [

@@ -7,6 +7,8 @@ import http.client
 import http.server
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import threading
@@ -14,7 +16,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, port: int = 0) -> None:
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
+        self.begun, self.has_left = list[str](), threading.Event()
         self.holds = threading.Event()
         self.holds.set()
         super().__init__(("127.0.0.1", port), Echo)
@@ -62,6 +65,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_POST(self) -> None:
+        self.server.begun.append(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Transfer-Encoding"):
             while size := int(self.rfile.readline(), 16):
@@ -81,6 +85,14 @@ class Echo(http.server.BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self.wfile.write(b"3\r\nrea\r\n2\r\ndy\r\n0\r\n\r\n")
+        if self.headers.get("leave"):
+            self.close_connection = True
+
+    def finish(self) -> None:
+        super().finish()
+        with suppress(OSError):  # the client left first
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.server.has_left.set()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -135,6 +147,20 @@ def test_triton_guard_passes_everything_else_byte_by_byte(client: http.client.HT
     assert client.getresponse().read() == b"ready"
     path, headers, body = server.seen[0]
     assert (path, body, headers["Inference-Header-Content-Length"]) == (INFER, binary, str(len(head)))
+
+
+def test_triton_guard_passes_on_what_holds_no_json_where_others_have_it(client: http.client.HTTPConnection, server: Server) -> None:
+    for path, body in ((INFER, b"bytes of one tensor"), ("/v2/systemsharedmemory/region/my%20region/unregister", b"")):
+        assert post(client, body, path, Inference_Header_Content_Length="0") == (200, body)
+    for name in ("my%20region", "infer_buf", "organ/infer"):
+        assert post(client, b"", f"/v2/systemsharedmemory/region/{name}/unregister") == (200, b"")
+    assert len(server.seen) == 5
+
+
+@pytest.mark.parametrize("path", ["/v2/models/organ/versions/1/infer", "/v2/models/organ/%69nfer", "http://a/v2//models/organ/infer?x=1"])
+def test_triton_guard_sees_through_a_path_in_disguise(client: http.client.HTTPConnection, server: Server, path: str) -> None:
+    assert post(client, asking(shape=HUGE), path)[0] == 400
+    assert server.seen == []
 
 
 def test_triton_guard_says_when_a_request_came_and_lets_nobody_else_say_so(client: http.client.HTTPConnection, server: Server) -> None:
@@ -194,6 +220,9 @@ def test_triton_guard_refuses_a_million_million_voxels_that_are_announced(
         ),
         (b'{"inputs": [{"name": "A", "sh\\u0061pe": [10000000,10000000' + b" " * 2**20 + b"]}]}", "no shape that can be read"),
         (asking(name="A" * 2**21), "bytes of JSON that is not numbers"),
+        (asking(data=[[0.5, 1.5]] * 200_000, shape=HUGE), "announces 1 x 10000"),
+        (b'{"inputs": [{"name": "A", "shape": [[1, 2], [3]], "data": [' + b"[1,2]," * 300_000 + b"0]}]}", "no shape that can be read"),
+        (b"[" * 2**20 + b"]" * 2**20, "bytes of JSON that is not numbers"),
     ],
 )
 def test_triton_guard_reads_no_request_otherwise_than_the_server_does(text: bytes, said: str) -> None:
@@ -211,6 +240,8 @@ def test_triton_guard_reads_no_request_otherwise_than_the_server_does(text: byte
         asking(shape=HUGE, parameters={"binary_data_size": 4}),
         asking(data=[0.25] * 300_000, shape=[1, 3, 1000, 100]),
         asking(data=[[-1.5e-3] * 100] * 3_000, shape=[3_000, 100]),
+        asking(data=[[0.5, 1.5]] * 200_000, shape=[200_000, 2]),
+        asking(data=[[[[[0.5]]], [[[1.5]]]]] * 100_000, shape=[100_000, 2, 1, 1, 1]),
         b'{"text_input": "no tensors"}',
         b"[]",
     ],
@@ -254,6 +285,76 @@ def test_triton_guard_reads_no_more_json_than_a_server_can_hold(client: http.cli
     answer = post(client, body, Content_Encoding="gzip")
     assert (answer[0], "more than 64 MB of JSON" in sentence(answer)) == (413, True)
     assert server.seen == []
+
+
+def test_triton_guard_takes_what_fits_once_the_room_that_earlier_requests_took_is_used_again(
+    client: http.client.HTTPConnection, server: Server
+) -> None:
+    """Of shared memory, the server keeps what it took: what is free there when a request comes says nothing."""
+    taken = Path("/dev/shm", f"segrt_test_{os.getpid()}")
+    if not taken.parent.is_dir():
+        return  # nothing is checked there
+    with taken.open("wb") as earlier:
+        try:
+            client.putrequest("POST", INFER)
+            os.posix_fallocate(earlier.fileno(), 0, 2**20)
+            client.putheader("Content-Length", str(shutil.disk_usage(taken.parent).total))
+            client.putheader("Inference-Header-Content-Length", str(len(asking())))
+            client.endheaders(asking())
+            until = time.monotonic() + WAIT_S
+            while not server.begun:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        finally:
+            taken.unlink()
+
+
+def test_triton_guard_refuses_a_compressed_body_that_goes_on_after_its_end(client: http.client.HTTPConnection, server: Server) -> None:
+    """What no request brings would be kept, and copied again with each piece that comes."""
+    for packed in (gzip.compress(asking()), zlib.compress(asking())):
+        answer = post(client, packed + bytes(2**24), Content_Encoding="gzip")
+        assert (answer[0], "goes on after its end" in sentence(answer)) == (400, True)
+    assert server.seen == []
+
+
+def test_triton_guard_holds_only_so_much_json_at_once(front: tuple[str, int], server: Server) -> None:
+    """Others are answered meanwhile."""
+    text = b'{"inputs": [{"data": [' + b"0," * (MOST_JSON // 2 - 100)
+    waiting = [http.client.HTTPConnection(*front, timeout=WAIT_S) for _ in range(5)]
+    for number, client in enumerate(waiting):
+        client.putrequest("POST", INFER)
+        client.putheader("Content-Length", str(2 * len(text)))
+        client.endheaders(text)
+        with closing(http.client.HTTPConnection(*front, timeout=WAIT_S)) as other:
+            assert post(other, asking()) == (200, asking()), number
+    answer = waiting[-1].getresponse()
+    assert (answer.status, "try again later" in json.loads(answer.read())["error"]) == (503, True)
+    for client in waiting:
+        client.close()
+
+
+def test_triton_guard_answers_others_while_one_sends_chunks_of_a_byte(front: tuple[str, int], server: Server) -> None:
+    """A hundred thousand chunks are in its hands at once, and another asks in the middle of them."""
+    count = 100_000
+    head = f"POST {INFER} HTTP/1.1\r\nTransfer-Encoding: chunked\r\nInference-Header-Content-Length: {count}\r\n\r\n"
+    with socket.create_connection(front, WAIT_S) as busy, closing(http.client.HTTPConnection(*front, timeout=WAIT_S)) as other:
+        other.request("GET", "/v2/health/live")
+        assert other.getresponse().read() == b"ready"
+        busy.sendall(head.encode() + b"1\r\n \r\n" * count)
+        other.request("GET", "/v2/health/live")
+        assert other.getresponse().read() == b"ready"
+        assert (server.begun, select.select([busy], [], [], 0)[0]) == ([], [])
+        busy.sendall(b"0\r\n\r\n")
+        assert busy.recv(12) == b"HTTP/1.1 400"
+
+
+def test_triton_guard_takes_up_a_server_that_was_started_again_between_two_requests_of_a_client(
+    client: http.client.HTTPConnection, server: Server
+) -> None:
+    client.request("GET", "/v2/health/live", headers={"leave": "now"})
+    assert client.getresponse().read() == b"ready"
+    assert server.has_left.wait(WAIT_S)
+    assert post(client, asking()) == (200, asking())
 
 
 def test_triton_guard_goes_on_after_clients_that_leave(front: tuple[str, int], client: http.client.HTTPConnection, server: Server) -> None:
