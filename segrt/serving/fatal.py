@@ -27,8 +27,8 @@ _SAMPLES = 2**14
 
 def mark_of(tensors: Mapping[str, Array], options: RequestOptions) -> str:
     """What tells an image and what is asked of it from others: of large tensors a sample, for this is done for every request."""
-    # each repeat comes later and has less time
-    digest = hashlib.sha256(options.model_dump_json(exclude={"timeout_s", "arrived"}).encode())
+    # each repeat comes later and has less time; a name is no part of an image
+    digest = hashlib.sha256(options.model_dump_json(exclude={"timeout_s", "arrived", "name"}).encode())
     for name, tensor in sorted(tensors.items()):
         flat = tensor.reshape(-1)
         sample = flat[:: max(len(flat) // _SAMPLES, 1)]

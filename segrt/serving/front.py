@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,10 +19,11 @@ from .process import ServerProcess
 
 logger = logging.getLogger(__name__)
 
-_PROGRAM = "from segrt.serving.guard import main; main()"
 _PACKAGES = Path(__file__).resolve().parents[2]
+# after the standard library, so that nothing there or in the current folder takes its place
+_PROGRAM = f"import sys; sys.path.append({str(_PACKAGES)!r}); from segrt.serving.guard import main; main()"
 _WAITING = 1024  # connections that nobody has taken yet
-_PAUSE_S, _DRAIN_S = 0.5, 5.0
+_PAUSE_S, _DRAIN_S, _MOST, _WITHIN_S = 0.2, 5.0, 4, 60.0
 
 
 class Front:
@@ -34,6 +36,7 @@ class Front:
     port : not 0
     inner : the server's own port, on 127.0.0.1
     show : gets what the guard prints
+    give_up : called with a sentence when the guard died 5 times within a minute
 
     Raises
     ------
@@ -41,8 +44,10 @@ class Front:
         When the address cannot be used.
     """
 
-    def __init__(self, host: str, port: int, inner: int, show: Callable[[str], object]) -> None:
-        self._inner, self._show = inner, show
+    def __init__(
+        self, host: str, port: int, inner: int, show: Callable[[str], object], give_up: Callable[[str], object] = logger.error
+    ) -> None:
+        self._inner, self._show, self._give_up = inner, show, give_up
         self._socket = socket.socket(socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -51,7 +56,7 @@ class Front:
         except OSError as err:
             self._socket.close()
             raise BackendError(f"http_port: {host}:{port} cannot be used ({err.strerror}); choose another, or 0 for a free one") from err
-        self._closing = threading.Event()
+        self._closing, self._lock = threading.Event(), threading.Lock()
         self._process = self._start()
         self._keeper = threading.Thread(target=self._keep_up, name="segrt-guard", daemon=True)
         self._keeper.start()
@@ -63,8 +68,7 @@ class Front:
 
     def drain(self) -> None:
         """Take no more connections and requests; those under way get their answers."""
-        self._closing.set()
-        self._socket.close()
+        self._stop_listening()
         with contextlib.suppress(ProcessLookupError):
             self._process.send(signal.SIGTERM)
 
@@ -72,21 +76,31 @@ class Front:
         """End the guard; what it is still passing on gets a moment after `drain`, and none without."""
         if self._closing.is_set():
             self._process.wait(_DRAIN_S)
-        self._closing.set()
-        self._socket.close()
+        self._stop_listening()
         self._process.kill()
-        self._keeper.join()
-        self._process.kill()  # one that was started again at the last moment
+        if self._keeper is not threading.current_thread():
+            self._keeper.join()
+
+    def _stop_listening(self) -> None:
+        with self._lock:
+            self._closing.set()
+            self._socket.close()
 
     def _start(self) -> ServerProcess:
         number = self._socket.fileno()
-        command = [sys.executable, "-S", "-c", _PROGRAM, str(number), str(self._inner)]
-        return ServerProcess(command, {**os.environ, "PYTHONPATH": str(_PACKAGES)}, self._show, pass_fds=[number])
+        command = [sys.executable, "-I", "-S", "-c", _PROGRAM, str(number), str(self._inner), str(os.getpid())]
+        return ServerProcess(command, os.environ, self._show, pass_fds=[number])
 
     def _keep_up(self) -> None:
+        deaths = list[float]()
         while not self._closing.is_set():
             if self._process.wait(_PAUSE_S) is not None and not self._closing.wait(_PAUSE_S):
+                self._process.kill()
+                deaths = [then for then in deaths if time.monotonic() - then < _WITHIN_S] + [time.monotonic()]
+                if len(deaths) > _MOST:
+                    self._give_up(f"the guard of the HTTP port died {len(deaths)} times within {_WITHIN_S:g} s: {self._process.reason}")
+                    return
                 logger.warning("the guard of the HTTP port died; starting it again")
-                with contextlib.suppress(OSError):  # the socket was closed meanwhile
-                    self._process.kill()
-                    self._process = self._start()
+                with self._lock:  # nobody closes the socket meanwhile
+                    if not self._closing.is_set():
+                        self._process = self._start()

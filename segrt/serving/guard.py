@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -28,11 +29,16 @@ from .streams import Stream
 _ARRIVED = b"segrt-arrived"  # segrt.protocol.ARRIVED, which brings more than the standard library
 _REQUEST = re.compile(rb"[A-Z]+ [^ ]+ HTTP/1\.[01]")
 _INFER = re.compile(rb"/models/.*/infer", re.IGNORECASE | re.DOTALL)
+_STATUS = re.compile(rb"HTTP/1\.[01] [1-5]\d\d( .*)?", re.DOTALL)
 _NO_BODY = re.compile(rb"HTTP/1\.. (1\d\d|204|304) ")
 _SHARED = Path("/dev/shm")
 _MOST_BYTES = 2**40
 # a client that was refused while it sent gets to read why before the connection is cut
 _LINGER_S = 5.0
+# between two requests, and for a request's head
+_IDLE_S = 600.0
+# others wait until one ends
+_MOST_CONNECTIONS = 2000
 
 
 class Guard:
@@ -46,7 +52,10 @@ class Guard:
         """Serve until `end`, and then until what is under way has its answers."""
         listening.setblocking(False)
         accepting = asyncio.ensure_future(self._accept(listening))
-        await self._ending.wait()
+        ending = asyncio.ensure_future(self._ending.wait())
+        await asyncio.wait({ending, accepting}, return_when=asyncio.FIRST_COMPLETED)
+        if accepting.done():
+            accepting.result()  # it never ends by itself: what ended it ends us, and another guard follows
         accepting.cancel()
         listening.close()
         for client in self._idle:
@@ -61,12 +70,15 @@ class Guard:
 
     async def _accept(self, listening: socket.socket) -> None:
         while True:
+            while len(self._tasks) >= _MOST_CONNECTIONS:
+                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
             try:
                 connected, _ = await asyncio.get_running_loop().sock_accept(listening)
+                client = Stream(connected)
             except OSError:  # it left again, or there are no more files to open for the moment
                 await asyncio.sleep(0.01)
                 continue
-            task = asyncio.ensure_future(self._serve(Stream(connected)))
+            task = asyncio.ensure_future(self._serve(client))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -75,7 +87,8 @@ class Guard:
         try:
             while not self._ending.is_set():
                 self._idle.add(client)
-                head = await read_head(client)
+                async with asyncio.timeout(_IDLE_S):
+                    head = await read_head(client)
                 self._idle.discard(client)
                 if head is None or not await link.relay(head):
                     return
@@ -174,14 +187,17 @@ class _Link:
         while True:
             try:
                 head = await read_head(server)
-            except ConnectionError:
+            except (ConnectionError, Refused):
                 head = None
-            if head is None:
+            if head is None or not _STATUS.fullmatch(head.first):
                 raise Refused(502, "the server ended the connection without an answer; try again later")
             await self._client.send(head.to_bytes())
             if not _NO_BODY.match(head.first) and not asked.first.startswith(b"HEAD "):
-                async for raw, _ in pieces(server, head, until_the_end=True):
-                    await self._client.send(raw)
+                try:
+                    async for raw, _ in pieces(server, head, until_the_end=True):
+                        await self._client.send(raw)
+                except Refused as err:  # within an answer there is no place for another one
+                    raise ConnectionError(err.text) from err
             if not head.first.split(b" ")[1].startswith(b"1"):
                 known = head.is_chunked or head.value(b"content-length") is not None or _NO_BODY.match(head.first) is not None
                 return head.stays and known
@@ -200,19 +216,23 @@ def _room() -> int:
     return min(shutil.disk_usage(_SHARED).total if _SHARED.is_dir() else _MOST_BYTES, _MOST_BYTES)
 
 
-async def _serve(listening: socket.socket, upstream: tuple[str, int]) -> None:
-    guard, parent = Guard(upstream), os.getppid()
+async def _serve(listening: socket.socket, upstream: tuple[str, int], parent: int) -> None:
+    guard = Guard(upstream)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, guard.end)
     running = asyncio.ensure_future(guard.run(listening))
     while not running.done():
-        await asyncio.wait([running], timeout=1)
         if os.getppid() != parent:  # whoever started us is gone
             return
+        await asyncio.wait([running], timeout=1)
     await running
 
 
 def main() -> None:
-    """Serve the socket whose number is the first argument, before the server whose port on this machine is the second."""
+    """Serve the socket whose number is the first argument, before the server whose port on this machine is the second, for the third."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    number, port = (int(text) for text in sys.argv[1:])
-    asyncio.run(_serve(socket.socket(fileno=number), ("127.0.0.1", port)))
+    number, port, parent = (int(text) for text in sys.argv[1:])
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    wanted = 2 * _MOST_CONNECTIONS + 100
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+    asyncio.run(_serve(socket.socket(fileno=number), ("127.0.0.1", port), parent))

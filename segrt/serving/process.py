@@ -143,4 +143,4 @@ def _ending_with_us() -> list[str]:
     if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
         return []
     ask = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})"
-    return [sys.executable, "-S", "-c", f"import ctypes, os, sys; {ask}; os.execv(sys.argv[1], sys.argv[1:])"]
+    return [sys.executable, "-I", "-S", "-c", f"import ctypes, os, sys; {ask}; os.execv(sys.argv[1], sys.argv[1:])"]

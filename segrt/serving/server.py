@@ -128,6 +128,7 @@ class Server:
     def start(self) -> Server:
         """Start it and wait until every model is ready."""
         warn_of_little_shared_memory()
+        self.failure = None
         for attempt in range(_ATTEMPTS):
             self._ports, self._inner = self.options.with_free_ports(), free_port()
             try:
@@ -220,7 +221,7 @@ class Server:
     def _run(self) -> None:
         compile_models(self.repository)
         if self._front is None:
-            self._front = Front(self.options.host, self._ports.http_port, self._inner, self._log)
+            self._front = Front(self.options.host, self._ports.http_port, self._inner, self._log, self._give_up)
         self._folder = tempfile.TemporaryDirectory(prefix=f"segrt-serve-{os.getpid()}-")
         backends = prepare_backends(self.installation, Path(self._folder.name))
         arguments = self._ports.server_arguments(self.repository, backends, http=self._inner, name=self._name, key=self._key)
@@ -258,6 +259,8 @@ class Server:
         while not self._is_ready():
             # who reads the key on the command line can have this user run programs; a server that logs has read it
             is_hidden = is_hidden or (bool(self.log) and self._running.hide(self._key))
+            if self.failure:
+                raise BackendError(self.failure)
             if not self.is_running:
                 raise BackendError(f"tritonserver ended with code {self.wait()} before it was ready: {self.reason}")
             if time.monotonic() > until:
@@ -301,7 +304,8 @@ class Server:
         """End a server that cannot do its work, so that whoever watches it starts another."""
         self.failure = why
         logger.error("%s; the server ends", why)
-        self._running.send(signal.SIGKILL)
+        if self._process is not None:
+            self._process.send(signal.SIGKILL)
 
     def _ask_to_load(self, model: str, body: dict[str, Any]) -> None:
         self._call(f"repository/models/{model}/load", body, timeout=self.options.ready_s)

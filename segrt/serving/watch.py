@@ -56,7 +56,7 @@ class Watch:
     @property
     def deaths(self) -> int:
         """Processes that died and were noticed."""
-        return sum(map(len, self._deaths.values()))
+        return sum(map(len, list(self._deaths.values())))  # another thread may add to it meanwhile
 
     def fatal_to(self, model: str) -> list[str]:
         """Images at which a model's process died twice; the first time may have been another process's fault."""

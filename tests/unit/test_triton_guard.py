@@ -11,6 +11,8 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -394,6 +396,59 @@ def test_triton_guard_that_is_killed_is_started_again(server: Server) -> None:
     finally:
         front.close()
     assert not Path(f"/proc/{front.pid}").exists()
+
+
+def test_triton_guard_that_dies_again_and_again_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a folder's own modules are no part of it
+    (tmp_path / "json.py").write_text("raise SystemExit('a stranger ran')")
+    monkeypatch.chdir(tmp_path)
+    sentences, given_up = list[str](), threading.Event()
+    front = Front("127.0.0.1", free_port(), server.port, sentences.append, lambda said: (sentences.append(said), given_up.set()))
+    try:
+        until = time.monotonic() + WAIT_S
+        while not given_up.wait(0.05):
+            assert time.monotonic() < until
+            with suppress(ProcessLookupError):
+                os.kill(front.pid, signal.SIGKILL)
+    finally:
+        front.close()
+    assert sentences == ["the guard of the HTTP port died 5 times within 60 s: it logged nothing"]
+
+
+def test_triton_guard_ends_when_whoever_started_it_is_gone() -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        command = [sys.executable, "-c", "from segrt.serving.guard import main; main()", str(listening.fileno()), "1", "1"]
+        assert subprocess.run(command, pass_fds=[listening.fileno()], timeout=WAIT_S, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen"),
+    [
+        (b"HTTP/1.1\r\n\r\n", b"HTTP/1.1 502"),
+        (b"HTTP/1.1 200 OK\r\n no header\r\n\r\n", b"HTTP/1.1 502"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"HTTP/1.1 200"),
+    ],
+)
+def test_triton_guard_says_one_thing_of_an_answer_that_is_none(answer: bytes, seen: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        said, address = list[str](), ("127.0.0.1", free_port())
+        front = Front(*address, server.getsockname()[1], said.append)
+        try:
+            with socket.create_connection(address, WAIT_S) as client:
+                client.sendall(b"GET /v2 HTTP/1.1\r\n\r\n")
+                asked, _ = server.accept()
+                with asked:
+                    asked.settimeout(WAIT_S)
+                    asked.recv(1000)
+                    asked.sendall(answer)
+                    found = b""
+                    while part := client.recv(2**16):
+                        found += part
+        finally:
+            front.close()
+    assert (found.startswith(seen), found.count(b"HTTP/1.1"), said) == (True, 1, [])
 
 
 def test_triton_guard_finishes_what_is_under_way_and_hangs_up_on_who_is_idle(server: Server) -> None:
