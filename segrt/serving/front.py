@@ -89,7 +89,7 @@ class Front:
     def _start(self) -> ServerProcess:
         number = self._socket.fileno()
         command = [sys.executable, "-I", "-S", "-c", _PROGRAM, str(number), str(self._inner), str(os.getpid())]
-        return ServerProcess(command, os.environ, self._show, pass_fds=[number])
+        return ServerProcess(command, None, self._show, pass_fds=[number])
 
     def _keep_up(self) -> None:
         deaths = list[float]()

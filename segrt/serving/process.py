@@ -25,7 +25,7 @@ class ServerProcess:
     Parameters
     ----------
     command : the program and its arguments
-    environment : all of its variables
+    environment : all of its variables; None for ours
     show : gets each line it logs
     pass_fds : open files it is given
 
@@ -36,13 +36,13 @@ class ServerProcess:
     """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], show: Callable[[str], object], *, pass_fds: Sequence[int] = ()
+        self, command: Sequence[str], environment: Mapping[str, str] | None, show: Callable[[str], object], *, pass_fds: Sequence[int] = ()
     ) -> None:
         self.requests_done = threading.Event()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process = subprocess.Popen(
             [*_ending_with_us(), *command],
-            env=dict(environment),
+            env=None if environment is None else dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
