@@ -10,7 +10,7 @@ from typing import TypeAlias
 from .arrays import FloatArray, ProgressFn, Shape3
 from .device_plan import plan_device
 from .engines import Engine
-from .engines.batches import call_bytes
+from .engines.batches import call_bytes, keeps
 from .infer import Inferred, infer, share_progress
 from .memory import engine_bytes
 from .slabs import Load, plan_host
@@ -57,8 +57,10 @@ class OpenModel:
 
     def _load(self, batch: int) -> Load:
         each = engine_bytes(self.spec, 1) // 2  # what engines do not know of themselves is estimated for 16-bit activations
-        # one runs at a time
-        needed = max(call_bytes(engine, min(batch, engine.batch), each) for engine in self.engines)
+        calls = [(engine, call_bytes(engine, min(batch, engine.batch), each)) for engine in self.engines]
+        # one runs at a time, but some keep what they took
+        needed = sum(taken for engine, taken in calls if keeps(engine))
+        needed += max((taken for engine, taken in calls if not keeps(engine)), default=0)
         less = self._load(batch // 2) if batch > 1 else None
         return Load(self.spec, batch, needed, self.step, 2 ** len(self.mirror_axes), less)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,6 +32,11 @@ def gpu_batch(patch: Shape3) -> int:
 class Measured(Protocol):
     """An engine that knows what its calls take; that of others is estimated."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it keeps that for its next call, beside what another engine then takes."""
+        ...
+
     def call_bytes(self, windows: int, each: int) -> int:
         """Bytes that a call of `windows` still takes of its device's free memory; `each` is the estimate for one window."""
         ...
@@ -40,23 +47,55 @@ def call_bytes(engine: Engine, windows: int, each: int) -> int:
     return engine.call_bytes(windows, each) if isinstance(engine, Measured) else windows * each
 
 
+def keeps(engine: Engine) -> bool:
+    """Whether an engine keeps what a call took; see `Measured`."""
+    return isinstance(engine, Measured) and engine.keeps
+
+
+@dataclass
+class _Limit:
+    """An engine's batch without limits, the one that was set, and the limits of the calls that are under way."""
+
+    before: int
+    now: int
+    limits: list[int] = field(default_factory=list)
+
+
+_lock = threading.Lock()
+_limited: dict[int, _Limit] = {}  # by engine, while a call is limited
+
+
 @contextmanager
 def at_most(engine: Engine, windows: int | None) -> Iterator[None]:
     """Have an engine compute at most so many windows at once, any number for None; afterwards as many as before.
 
-    It is not enough to call it with fewer: it fills up what is less than its batch.
+    It is not enough to call it with fewer: it fills up what is less than its batch. Of calls of several threads the smallest limit holds
+    until all of them are over.
     """
-    before = engine.batch
-    if windows is None or before <= windows:
+    if windows is None:
         yield
         return
-    engine.batch = windows
-    limited = engine.batch
+    with _lock:
+        limit = _limited.setdefault(id(engine), _Limit(engine.batch, engine.batch))
+        limit.limits.append(windows)
+        _apply(limit, engine)
     try:
         yield
     finally:
-        if engine.batch == limited:  # else it ran out of memory meanwhile, and keeps what may fit
-            engine.batch = before
+        with _lock:
+            limit.limits.remove(windows)
+            _apply(limit, engine)
+            if not limit.limits:
+                del _limited[id(engine)]
+
+
+def _apply(limit: _Limit, engine: Engine) -> None:
+    if engine.batch != limit.now:  # it ran out of memory meanwhile, and keeps what may fit
+        limit.before = min(limit.before, engine.batch)
+    wanted = min([limit.before, *limit.limits])
+    if wanted != engine.batch:
+        engine.batch = wanted
+    limit.now = engine.batch
 
 
 def in_batches(patches: Array, batch: int, classes: int, dtype: Any, run: Callable[[Any, Any], None]) -> Array:

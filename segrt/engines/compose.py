@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays import Array, FloatArray, require
 from ..device import Simulated, compute_on, get_xp, on_device, open_stream, to_device, to_host, use_device, wait_for
 from . import Engine
-from .batches import call_bytes
+from .batches import call_bytes, keeps
 
 
 class Mirrored:
@@ -58,6 +58,8 @@ class Hosted:
         logits: Array = to_device(self._engine(to_host(patches)), self.device)
         return logits
 
+    keeps = False
+
     def call_bytes(self, windows: int, each: int) -> int:
         """Nothing of the device's."""
         return 0
@@ -88,17 +90,23 @@ class Spread:
         held = [engine.held_bytes for engine in engines]
         self.held_bytes = sum(held) if all(held) else 0
         self.device = engines[0].device
+        self._before: list[int] = []  # each one's batch, while there is a smaller one
 
     @property
     def batch(self) -> int:
-        """The engines' together; a number that is set is shared out as they are."""
+        """The engines' together; a number that is set is shared out as they are, and the one from before gives each what it had."""
         return sum(engine.batch for engine in self._engines)
 
     @batch.setter
     def batch(self, count: int) -> None:
-        whole = self.batch
-        for engine in self._engines:
-            engine.batch = max(1, count * engine.batch // whole)
+        had = [engine.batch for engine in self._engines]
+        shares = [max(1, count * share // sum(had)) for share in had]
+        if self._before and count == sum(self._before):
+            shares, self._before = self._before, []
+        elif not self._before and count < sum(had):
+            self._before = had
+        for engine, share in zip(self._engines, shares, strict=True):
+            engine.batch = share
 
     def __call__(self, patches: FloatArray) -> Array:
         """Run all engines on their parts; see `Engine`."""
@@ -111,6 +119,11 @@ class Spread:
         wait(jobs)
         answers = [iter(job.result()) for job in jobs]
         return _joined([next(answers[owner]) for _, _, owner in parts])
+
+    @property
+    def keeps(self) -> bool:
+        """Whether one of the engines does."""
+        return any(keeps(engine) for engine in self._engines)
 
     def call_bytes(self, windows: int, each: int) -> int:
         """What the engines of the first one's device take; the others have memory of their own."""

@@ -62,6 +62,8 @@ class TensorRTEngine:
                 self._drop_lanes()
                 raise
 
+    keeps = True  # its lanes
+
     def call_bytes(self, windows: int, each: int) -> int:
         """What a lane still takes: the plan is in the GPU's memory already, and the lane of another batch size makes room."""
         if windows in self._lanes:

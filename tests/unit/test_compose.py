@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from segrt.arrays import FloatArray
 from segrt.device import Simulated, to_device, to_host
+from segrt.engines.batches import at_most
 from segrt.engines.compose import Hosted, Spread
 from segrt.engines.function import FunctionEngine
 from segrt.errors import BackendError
@@ -134,3 +135,31 @@ def test_memory_is_the_sum_or_unknown() -> None:
     engines[1].held_bytes = 4
     spread = Spread(engines)
     assert (spread.held_bytes, spread.name) == (7, "function + function")
+
+
+def test_a_limit_over_unequal_engines_leaves_each_its_own_batch() -> None:
+    engines = [nearest_engine((0, 1), batch=8), nearest_engine((0, 1), batch=4)]
+    spread = Spread(engines)
+    with at_most(spread, 1):
+        assert [engine.batch for engine in engines] == [1, 1]
+    assert [engine.batch for engine in engines] == [8, 4]
+    spread.close()
+
+
+def test_limits_of_calls_that_overlap_hold_until_the_last_is_over() -> None:
+    """Calls of several threads end in any order."""
+    engine = nearest_engine((0, 1), batch=4)
+    first, second = at_most(engine, 2), at_most(engine, 1)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert engine.batch == 1
+    second.__exit__(None, None, None)
+    assert engine.batch == 4
+
+
+def test_a_batch_that_did_not_fit_stays_smaller_after_a_limit() -> None:
+    engine = nearest_engine((0, 1), batch=8)
+    with at_most(engine, 4):
+        engine.batch = 2
+    assert engine.batch == 2

@@ -355,3 +355,23 @@ def test_the_bytes_of_slabs_are_those_the_aggregator_takes(starts: int, depth: i
     taken = Aggregator(5, plan, "uniform", slabs=slabs, like=np.empty(0)).logits.nbytes
     planned = logits_bytes(spec, (depth, 20, 8), starts)
     assert taken <= planned <= taken + 4 * 5 * 4 * 20 * 8
+
+
+def test_members_that_keep_what_their_calls_took_are_added_up() -> None:
+    class Keeps(CountingEngine):
+        keeps = True
+
+        def call_bytes(self, windows: int, each: int) -> int:
+            return 1000 * windows
+
+    def member(kind: type[CountingEngine]) -> Engine:
+        return kind(nearest((0, 1)), batch=2, device="simulated")
+
+    spec = make_spec(members=("0", "1", "2"))
+    needed = {}
+    for kinds in ((Keeps,), (Keeps, Keeps), (CountingEngine,), (CountingEngine, CountingEngine), (Keeps, CountingEngine)):
+        needed[kinds] = opened(spec, *map(member, kinds)).load.engine
+    assert needed[Keeps,] == 2000
+    assert needed[Keeps, Keeps] == 4000
+    assert needed[CountingEngine, CountingEngine] == needed[CountingEngine,] > 0
+    assert needed[Keeps, CountingEngine] == 2000 + needed[CountingEngine,]
