@@ -37,7 +37,7 @@ TORCH = ["torch>=2.13,<2.14", "safetensors>=0.5"]
 CUDA = ["cupy-cuda13x>=14.2,<15", "numba-cuda[cu13]>=0.30.4,<0.31", "numpy<2.5", "cuda-toolkit==13.0.*"]
 
 EXTRAS = {
-    "export": [*TORCH, "onnx>=1.21", "onnxscript>=0.7"],
+    "export": [*TORCH, "onnx>=1.21"],
     "train": [*TORCH, "batchgeneratorsv2>=0.3.6,<0.4", "blosc2>=4.1,<5", "tensorboard>=2.19", "matplotlib>=3.9", "PyYAML>=6"],
     # ort and gpu write the same folder of site-packages and pip does not notice: never install both.
     "ort": ["onnxruntime>=1.31,<2"],

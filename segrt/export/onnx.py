@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,14 +28,13 @@ logger = logging.getLogger(__name__)
 Head = Literal["logits", "softmax", "argmax"]
 
 OPSET = 20
+IR_VERSION = 10  # of the release that brought this opset
 # Logits kept per member in the reference: about a megabyte.
 MAX_REFERENCE_VALUES = 300_000
 # The name each head gives the graph's output.
 _OUTPUTS = {"logits": "logits", "softmax": "probabilities", "argmax": "labels"}
 # A protobuf message ends at 2 GiB; what the graph needs besides weights is far below the margin.
 _MAX_BYTES = 2**31 - 2**24
-# Loggers of the exporter that report what does not concern the user (torchvision is missing, an optimisation was skipped).
-_CHATTY = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 
 def export_onnx(bundle: Bundle, *, members: Sequence[str] | None = None, dynamic: bool = False, head: Head = "logits") -> list[Path]:
@@ -147,63 +144,37 @@ def _serialize(network: Network, spec: ModelSpec, *, member: str, head: Head, dy
         raise BuildError(f"member {member!r} has {size / 2**30:.1f} GiB of weights; one ONNX file holds 2 GiB at most")
     if dynamic and isinstance(spec.network, VNetSpec) and spec.network.kernels != spec.network.strides:
         raise BuildError(f"member {member!r}: a free spatial shape needs a V-Net whose kernels are as large as their strides")
-    torch = require("torch", extra="export")
-    module = network if head == "logits" else _headed(network, spec, head)
-    shape = spec.inference.patch[3 - spec.dimensions :]
-    # Two patches, because torch.export takes a batch of one for a constant.
-    example = torch.zeros(2, spec.in_channels, *shape)
-    axes = {0: torch.export.Dim("batch")} | (_spatial_axes(network.strides) if dynamic else {})
-    with _quiet():
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=(axes,),
-            input_names=["patches"],
-            output_names=[_OUTPUTS[head]],
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    _clean(model, {"segrt": __version__, "model": spec.name, "member": member, "head": head, "dynamic": str(dynamic).lower()})
     onnx = require("onnx", extra="export")
+    model = _assemble(network, spec, head=head, dynamic=dynamic)
+    said = {"segrt": __version__, "model": spec.name, "member": member, "head": head, "dynamic": str(dynamic).lower()}
+    onnx.helper.set_model_props(model, said)
     onnx.checker.check_model(model, full_check=True)
     content: bytes = model.SerializeToString(deterministic=True)
     return content
 
 
-def _headed(network: Network, spec: ModelSpec, head: Literal["softmax", "argmax"]) -> Any:
-    from ..networks.heads import Headed
+def _assemble(network: Any, spec: ModelSpec, *, head: Head, dynamic: bool) -> Any:
+    """The model of a network, with what follows it."""
+    from onnx import TensorProto, helper
 
-    return Headed(network, spec, head).eval()
+    from .graph import Graph, trace
+    from .head import append_labels, append_probabilities
 
-
-def _spatial_axes(strides: Sequence[int]) -> dict[int, Any]:
-    """Axis -> a dimension that is a multiple of what the network halves away there."""
-    torch = require("torch", extra="export")
-    names = ("z", "y", "x")[-len(strides) :]
-    return {2 + i: stride * torch.export.Dim(f"blocks_{axis}", min=2) for i, (stride, axis) in enumerate(zip(strides, names, strict=True))}
-
-
-def _clean(model: Any, metadata: dict[str, str]) -> None:
-    """Drop the exporter's traces (they name folders of this machine) and say where the file comes from."""
-    for part in (
-        *model.graph.node,
-        *model.graph.value_info,
-        *model.graph.input,
-        *model.graph.output,
-        *model.graph.initializer,
-        model.graph,
-    ):
-        del part.metadata_props[:]
-        part.doc_string = ""
-    del model.graph.value_info[:]
-    del model.metadata_props[:]
-    model.producer_name, model.producer_version = "segrt", __version__
-    model.graph.name = metadata["model"]
-    for key, value in metadata.items():
-        model.metadata_props.add(key=key, value=value)
+    shape = spec.inference.patch[3 - spec.dimensions :]
+    graph = Graph()
+    logits = graph.rename(trace(network, graph, "patches", (spec.in_channels, *shape)), "logits")
+    spatial = ("z", "y", "x")[3 - spec.dimensions :] if dynamic else shape
+    kind: int = TensorProto.FLOAT
+    channels = [spec.classes]
+    if head == "softmax":
+        append_probabilities(graph, logits, spec.head)
+    elif head == "argmax":
+        kind, channels = append_labels(graph, logits, spec), []
+    patches = helper.make_tensor_value_info("patches", TensorProto.FLOAT, ("batch", spec.in_channels, *spatial))
+    output = helper.make_tensor_value_info(_OUTPUTS[head], kind, ("batch", *channels, *spatial))
+    opset = helper.make_opsetid("", OPSET)
+    proto = graph.proto(spec.name, [patches], [output])
+    return helper.make_model(proto, opset_imports=[opset], ir_version=IR_VERSION, producer_name="segrt", producer_version=__version__)
 
 
 def _record(bundle: Bundle, member: str) -> None:
@@ -218,22 +189,6 @@ def _record(bundle: Bundle, member: str) -> None:
     values.get("fp16_of", {}).pop(path.stem, None)
     made_by = {"opset": OPSET, "segrt": __version__, "torch": require("torch", extra="export").__version__}
     write_atomic(record, json.dumps({**values, **made_by}, indent=1) + "\n")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from printing, and from warning about its own use of old torch functions."""
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    levels = [item.level for item in loggers]
-    for item in loggers:
-        item.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
-            yield
-    finally:
-        for item, level in zip(loggers, levels, strict=True):
-            item.setLevel(level)
 
 
 def _stride(channels: int, shape: tuple[int, ...], limit: int) -> int:

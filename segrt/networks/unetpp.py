@@ -54,7 +54,7 @@ class UNetPP(nn.Module):
         InputError
             When the sides are no multiples of the network's strides.
         """
-        if not torch.compiler.is_exporting() and (refusal := self.spec.refusal((1, *x.shape[2:])[-3:])):
+        if refusal := self.spec.refusal((1, *x.shape[2:])[-3:]):
             raise InputError(f"the input of this {self.spec.family}: {refusal}")
         made: dict[tuple[int, int], Tensor] = {}
         for i, j in self.spec.nodes:

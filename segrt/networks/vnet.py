@@ -55,7 +55,7 @@ class VNet(nn.Module):
             When the network cannot give logits of the input's shape.
         """
         shape = x.shape[2:]
-        if not torch.compiler.is_exporting() and (refusal := self.spec.refusal(tuple(shape))):
+        if refusal := self.spec.refusal(tuple(shape)):
             raise InputError(f"the input of this V-Net: {refusal}")
         x = self.stem(x)
         skips = []

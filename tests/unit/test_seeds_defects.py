@@ -22,6 +22,7 @@ import pytest
 import torch
 import typer
 from factories import banded, make_spec, nearest_engine, write_case
+from onnx_heads import headed
 from train_factory import write_dataset
 
 import segrt
@@ -30,7 +31,6 @@ from segrt.bundle import Bundle
 from segrt.cli import build, predict, train
 from segrt.errors import SpecError
 from segrt.io import find_cases, read_labels, read_volume
-from segrt.networks.heads import Headed
 from segrt.spec import Label, SpacingTarget
 from segrt.train.config import make_config
 from segrt.train.dataset import open_dataset
@@ -110,7 +110,7 @@ def test_h_values_that_follow_each_other_are_not_merged() -> None:
     assert classes.tolist() == [[[0, 1, 2, 1]]]  # 2 -> 1, 3 -> 2
     assert label_values(classes.numpy(), spec).tolist() == labels.tolist()  # 1 -> 2, 2 -> 3
     logits = torch.nn.functional.one_hot(classes.long(), 3).movedim(-1, 0)[None].float()
-    assert Headed(torch.nn.Identity(), spec, "argmax")(logits)[0].tolist() == labels.tolist()
+    assert headed(logits, spec, "argmax")[0].tolist() == labels.tolist()
     regions = make_spec(
         values=(3, 2), activation="sigmoid", labels=(Label(name="whole", values=(1, 2, 3)), Label(name="core", values=(2, 3)))
     )
