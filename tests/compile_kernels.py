@@ -1,8 +1,8 @@
-"""Compile every kernel for one generation of GPUs, on a machine without any: python tests/compile_kernels.py 90 [brief]
+"""Compile every kernel for generations of GPUs, on a machine without any: python tests/compile_kernels.py 90 120:brief
 
 Public functions are called on simulated arrays as the pipeline calls them, and what they launch is compiled to PTX for the types it was
 launched with, and assembled where there is an assembler: `ptxas`, or nvJitLink from the CUDA packages. "brief" takes the first types of
-each kernel alone. Prints one JSON object. Numba has to be without its simulator here, so this is a process of its own.
+each kernel alone. Prints one JSON object, by generation. Numba has to be without its simulator here, so this is a process of its own.
 
 A new kernel needs a call in `STAGES` that reaches it, with the dtypes and layouts it meets in use.
 """
@@ -160,6 +160,9 @@ STAGES: tuple[Callable[[], None], ...] = (boxes, clean_up, windows, label, proba
 
 
 # ------------------------------------------------------------------ what is compiled
+Launches = dict[tuple[int, tuple[Any, ...]], Launch]  # by kernel and types of its arguments
+
+
 def all_kernels() -> dict[int, str]:
     """Every kernel of the package, by identity, with its module and name."""
     found = {}
@@ -170,9 +173,9 @@ def all_kernels() -> dict[int, str]:
     return found
 
 
-def launched(stages: Sequence[Callable[[], None]]) -> dict[tuple[int, tuple[Any, ...]], Launch]:
+def launched(stages: Sequence[Callable[[], None]]) -> Launches:
     """One launch for each kernel and types of arguments."""
-    found: dict[tuple[int, tuple[Any, ...]], Launch] = {}
+    found: Launches = {}
     for stage in stages:
         with recording() as launches:
             stage()
@@ -189,11 +192,11 @@ def _type_of(argument: Any) -> Any:
     return types.Array(found.dtype, found.ndim, found.layout)  # arrays on a GPU are never read-only
 
 
-def compiled(stages: Sequence[Callable[[], None]], capability: tuple[int, int], brief: bool) -> Iterator[dict[str, Any]]:
+def compiled(launches: Launches, capability: tuple[int, int], brief: bool) -> Iterator[dict[str, Any]]:
     # functions inside kernels ask for the device in use, and there is none
     importlib.import_module("numba.cuda.dispatcher").get_current_device = lambda: SimpleNamespace(compute_capability=capability)
     names, seen = all_kernels(), set()
-    for (key, kinds), one in launched(stages).items():
+    for (key, kinds), one in launches.items():
         if brief and key in seen:
             continue
         seen.add(key)
@@ -245,8 +248,13 @@ def _link(ptx: str, arch: str) -> str:
     return log.decode()
 
 
-if __name__ == "__main__":
-    digits = sys.argv[1]
-    forms = list(compiled(STAGES, (int(digits[:-1]), int(digits[-1])), brief=sys.argv[2:] == ["brief"]))
+def report(generation: str, launches: Launches) -> dict[str, Any]:
+    digits, _, how = generation.partition(":")
+    forms = list(compiled(launches, (int(digits[:-1]), int(digits[-1])), brief=how == "brief"))
     missing = sorted(set(all_kernels().values()) - {form["kernel"] for form in forms})
-    print(json.dumps({"arch": f"sm_{digits}", "assembler": assembler(), "missing": missing, "forms": forms}))
+    return {"arch": f"sm_{digits}", "assembler": assembler(), "missing": missing, "forms": forms}
+
+
+if __name__ == "__main__":
+    made = launched(STAGES)
+    print(json.dumps({generation: report(generation, made) for generation in sys.argv[1:]}))
