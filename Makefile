@@ -40,7 +40,7 @@ coverage: install
 	$(BIN)/python -m pytest --cov=segrt --cov-report=term-missing:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
 
 bench: install rival
-	@set -e; for name in kernels files engine precision loader frames serve; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+	@set -e; for name in kernels files engine export precision loader frames serve; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/same_labels.py
 	$(BIN)/python benchmarks/whole_job.py --rival $(RIVAL)/bin

@@ -52,7 +52,7 @@ EXTRAS = {
     "int8": ["nncf>=3.0,<4"],
     "report": ["matplotlib>=3.9"],
     "ray": ["ray[tune]>=2.50"],
-    "bench": ["scikit-image>=0.25"],
+    "bench": ["scikit-image>=0.25", "onnxscript>=0.7"],  # what segrt is measured against
     "test": [
         "jsonschema>=4.20",
         "pytest>=8.3",

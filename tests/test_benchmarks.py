@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", ["kernels", "files", "engine", "gpu", "precision", "loader", "train_runs", "lgg", "study", "frames", "serve"]
+    "script", ["kernels", "files", "engine", "export", "gpu", "precision", "loader", "train_runs", "lgg", "study", "frames", "serve"]
 )
 def test_benchmark_runs_at_toy_size(script: str) -> None:
     before = {p: p.read_bytes() for p in (ROOT / "benchmarks" / "results").glob("*.json")}

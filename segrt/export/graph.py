@@ -197,12 +197,14 @@ def _batch_norm(
     gain, shift = (n if t is None else to.parameter(t)[1].astype(np.float64) for t, n in ((weight, 1.0), (bias, 0.0)))
     factor = gain / np.sqrt(variance + eps)
     name = conv.input[1]
-    kernel = to.graph.constants[name].astype(np.float64)
+    kernel = to.graph.constants[name]
     before = to.graph.constants[conv.input[2]].astype(np.float64) if len(conv.input) == 3 else 0.0
     along = 0 if conv.op_type == "Conv" else 1  # the axis of a kernel's outputs
-    folded = kernel * factor.reshape([-1 if axis == along else 1 for axis in range(kernel.ndim)])
+    factors = factor.reshape([-1 if axis == along else 1 for axis in range(kernel.ndim)])
+    # in double precision, a piece at a time
+    folded = np.multiply(kernel, factors, out=np.empty_like(kernel), dtype=np.float64, casting="same_kind")
     values = {name: folded, f"{name.removesuffix('.weight')}.bias": (before - mean) * factor + shift}
-    conv.input[1:] = [to.graph.constant(value.astype(np.float32), key) for key, value in values.items()]
+    conv.input[1:] = [to.graph.constant(value.astype(np.float32, copy=False), key) for key, value in values.items()]
     to.forget(x)
     return str(conv.output[0])
 

@@ -148,8 +148,8 @@ def _serialize(network: Network, spec: ModelSpec, *, member: str, head: Head, dy
     model = _assemble(network, spec, head=head, dynamic=dynamic)
     said = {"segrt": __version__, "model": spec.name, "member": member, "head": head, "dynamic": str(dynamic).lower()}
     onnx.helper.set_model_props(model, said)
-    onnx.checker.check_model(model, full_check=True)
     content: bytes = model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(content, full_check=True)
     return content
 
 
