@@ -157,8 +157,9 @@ def _assemble(network: Any, spec: ModelSpec, *, head: Head, dynamic: bool) -> An
     """The model of a network, with what follows it."""
     from onnx import TensorProto, helper
 
-    from .graph import Graph, trace
+    from .graph import Graph
     from .head import append_labels, append_probabilities
+    from .trace import trace
 
     shape = spec.inference.patch[3 - spec.dimensions :]
     graph = Graph()

@@ -18,8 +18,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from segrt.export.graph import Graph, trace
+from segrt.export.graph import Graph
 from segrt.export.onnx import IR_VERSION, OPSET
+from segrt.export.trace import trace
 
 
 class Module(nn.Module):
@@ -171,7 +172,8 @@ def test_networks_at_training_are_refused() -> None:
 def test_torchs_compiler_is_not_loaded() -> None:
     """It takes longer to load than the export takes."""
     code = (
-        "import sys, torch; from segrt.export.graph import Graph, trace; from segrt.networks import build; from factories import UNET_3D;"
-        "trace(build(UNET_3D).eval(), Graph(), 'x', (UNET_3D.in_channels, 8, 8, 8)); assert 'torch._dynamo' not in sys.modules"
+        "import sys; from factories import UNET_3D; from segrt.export.graph import Graph; from segrt.export.trace import trace;"
+        "from segrt.networks import build; trace(build(UNET_3D).eval(), Graph(), 'x', (UNET_3D.in_channels, 8, 8, 8));"
+        "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(p for p in sys.path if p)})
