@@ -21,6 +21,9 @@ Features = Annotated[int, Field(ge=1, le=2**16)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 LabelValue = Annotated[int, Field(ge=0, le=65535)]
 
+# How the names of a member's other ONNX files end: onnx/<member>-argmax.onnx lies beside onnx/<member>.onnx.
+_KINDS = ("-softmax", "-argmax", "-dynamic", "-fp16")
+
 
 class Part(BaseModel):
     """Base of every stored value: frozen, and unknown keys are errors."""
@@ -201,7 +204,7 @@ class UNetSpec(Part):
     out_channels: int = Field(ge=1)
     features: tuple[int, ...]
     kernels: tuple[tuple[int, ...], ...]
-    strides: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[Size, ...], ...]
     blocks: tuple[int, ...]
     decoder_convs: tuple[int, ...]
     conv_bias: bool = True
@@ -222,6 +225,17 @@ class UNetSpec(Part):
             if any(len(k) != self.dimensions for k in getattr(self, name)):
                 raise ValueError(f"{name}: every entry needs {self.dimensions} numbers")
         return self
+
+    def refusal(self, shape: tuple[int, ...]) -> str:
+        """Say why this network cannot take patches of `shape` (z, y, x) and give back logits of the same; "" when it can."""
+        own = shape[3 - self.dimensions :]
+        multiples = [prod(stride[axis] for stride in self.strides) for axis in range(self.dimensions)]
+        for side, multiple, axis in zip(own, multiples, "zyx"[3 - self.dimensions :], strict=True):
+            if side % multiple:
+                return f"expected multiples of {multiple} on axis {axis}, got {side}"
+        if self.norm == "instance" and own == tuple(multiples):
+            return f"expected more than one voxel at the coarsest level, which instance normalisation needs, got {shape}"
+        return ""
 
 
 class VNetSpec(Part):
@@ -412,7 +426,7 @@ class ModelSpec(Part):
             raise ValueError(
                 f"head.values: expected {self.network.out_channels} values (network.out_channels), got {len(self.head.values)}"
             )
-        if isinstance(self.network, VNetSpec | UNetPPSpec) and (refusal := self.network.refusal(self.inference.patch)):
+        if not isinstance(self.network, OnnxNetwork) and (refusal := self.network.refusal(self.inference.patch)):
             raise ValueError(f"inference.patch: {refusal}")
         if self.dimensions == 2 and self.inference.patch[0] != 1:
             raise ValueError(f"inference.patch: a 2-D model's patch has z = 1, got {self.inference.patch}")
@@ -425,8 +439,10 @@ class ModelSpec(Part):
             if getattr(self, name).method == "none" and (self.resample_image.method != "none" or isinstance(self.target, ShapeTarget)):
                 raise ValueError(f"{name}.method: 'none' needs a target spacing and images that are not resampled either")
         for member in self.members:
-            if isinstance(self.network, UNetPPSpec) and member[-3:-1] == "-L":
-                raise ValueError(f"members: a member's name may not end like those of its levels' files, got {member!r}")
+            if member.endswith(_KINDS) or (isinstance(self.network, UNetPPSpec) and member[-3:-1] == "-L"):
+                raise ValueError(
+                    f"members: a member's name may not end like those of its other files ({', '.join(_KINDS)}, -L1), got {member!r}"
+                )
             if not member.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"members: a member's name is letters, digits, - and _, got {member!r}")
         return self

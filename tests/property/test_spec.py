@@ -77,7 +77,8 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     sizes = {"in_channels": inputs, "out_channels": len(head.values)}
     network = draw(st.sampled_from([OnnxNetwork(**sizes), UNET_2D.model_copy(update=sizes), UNET_3D.model_copy(update=sizes)]))
     flat = network.family != "onnx" and network.dimensions == 2
-    patch = (1 if flat else draw(st.integers(2, 64)), draw(size), draw(size))
+    side = st.integers(2, 300) if network.family == "onnx" else st.integers(2, 150).map(lambda half: 2 * half)  # their stride is 2
+    patch = (1 if flat else draw(side), draw(side), draw(side))
     axes = draw(st.lists(st.sampled_from([1, 2] if flat else [0, 1, 2]), unique=True).map(tuple))
     return ModelSpec(
         name=draw(text),

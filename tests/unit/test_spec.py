@@ -123,6 +123,11 @@ def test_parts_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], w
     assert word in refusal(values)
 
 
+def test_a_patch_of_one_voxel_at_the_coarsest_level_is_for_networks_without_instance_normalisation() -> None:
+    assert make_spec(network=UNET_3D.model_copy(update={"norm": "batch"}), patch=(2, 2, 2)).inference.patch == (2, 2, 2)
+    assert make_spec(network=UNET_3D, patch=(2, 2, 4)).inference.patch == (2, 2, 4)
+
+
 def test_kernels_and_strides_have_an_entry_per_stage_and_axis() -> None:
     assert "strides" in refusal(edited("network.strides", [[1, 1, 1]]))
     assert "kernels" in refusal(edited("network.kernels", [[3, 3], [3, 3]]))
@@ -212,6 +217,10 @@ def test_separate_axis_follows_nnunets_rule(current: Any, new: Any, separate: bo
         ("inference.step", 1.5, "inference.step: expected less than or equal to 1, got 1.5"),
         ("head.values", [0, -1, 2], "head.values.1: expected greater than or equal to 0, got -1"),
         ("head.values", [0, 1], "head.values: expected 3 values (network.out_channels), got 2"),
+        ("inference.patch", [8, 9, 8], "inference.patch: expected multiples of 2 on axis y, got 9"),
+        ("inference.patch", [2, 2, 2], "inference.patch: expected more than one voxel at the coarsest level, which instance"),
+        ("network.strides", [[1, 1, 1], [2, 0, 2]], "network.strides.1.1: expected greater than or equal to 1, got 0"),
+        ("members", ["0", "0-argmax"], "members: a member's name may not end like those of its other files"),
         ("inference.mirror_axes", [1, 1], "inference.mirror_axes: expected no entry twice, got (1, 1)"),
         ("resample_image.threshold", float("nan"), "resample_image.threshold: expected a finite number, got nan"),
     ],
