@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import GraphProto, TensorProto, helper
 
 from segrt.export.graph import Graph
 from segrt.export.head import append_labels, append_probabilities
@@ -24,6 +24,7 @@ def headed(logits: Any, spec: ModelSpec, kind: Literal["softmax", "argmax"]) -> 
         made, channels = append_labels(graph, "logits", spec, output="made"), []
     inputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, data.shape)]
     outputs = [helper.make_tensor_value_info("made", made, [data.shape[0], *channels, *data.shape[2:]])]
-    model = helper.make_model(graph.proto("head", inputs, outputs), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    model = helper.make_model(GraphProto(), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    graph.fill(model.graph, "head", inputs, outputs)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"logits": data})[0]

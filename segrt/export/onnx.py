@@ -18,7 +18,7 @@ from ..bundle import Bundle
 from ..engines import read_build
 from ..errors import BuildError, InputError
 from ..files import sha256, write_atomic
-from ..spec import ModelSpec, OnnxNetwork, VNetSpec
+from ..spec import OnnxNetwork, VNetSpec
 
 if TYPE_CHECKING:
     from ..networks import Network
@@ -64,9 +64,8 @@ def export_onnx(bundle: Bundle, *, members: Sequence[str] | None = None, dynamic
         raise InputError(f"head: expected one of {', '.join(_OUTPUTS)}, got {head!r}")
     paths = []
     for member in members if members is not None else bundle.spec.members:
-        network = load_member(bundle, member)
         path = bundle.onnx_path("-".join([member, *([head] if head != "logits" else []), *(["dynamic"] if dynamic else [])]))
-        content = _serialize(network, bundle.spec, member=bundle.keyed(member), head=head, dynamic=dynamic)
+        content = _serialize(bundle, member, head=head, dynamic=dynamic)
         paths.append(write_atomic(path, content))
         if path == bundle.onnx_path(member):
             _record(bundle, member)
@@ -138,44 +137,61 @@ def _run_window(network: Network, window: Any, dimensions: int) -> FloatArray:
     return result
 
 
-def _serialize(network: Network, spec: ModelSpec, *, member: str, head: Head, dynamic: bool) -> bytes:
+def _serialize(bundle: Bundle, member: str, *, head: Head, dynamic: bool) -> bytes:
+    """The content of a member's ONNX file; of the weights, an export's memory, each copy is let go as soon as there is the next."""
+    onnx = require("onnx", extra="export")
+    said = {"segrt": __version__, "model": bundle.spec.name, "member": bundle.keyed(member), "head": head, "dynamic": str(dynamic).lower()}
+    try:
+        model = _assemble(bundle, member, head=head, dynamic=dynamic)
+        onnx.helper.set_model_props(model, said)
+        content: bytes = model.SerializeToString(deterministic=True)
+        del model
+        onnx.checker.check_model(content, full_check=True)
+    except (NotImplementedError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
+        reason = str(err).splitlines()[0]
+        raise BuildError(f"{bundle.path}: member {member!r} cannot be written as ONNX: {reason}; check network in model.json") from err
+    return content
+
+
+def _assemble(bundle: Bundle, member: str, *, head: Head, dynamic: bool) -> Any:
+    """The model of a member's network, with what follows it."""
+    from onnx import GraphProto, TensorProto, helper
+
+    from .head import append_labels, append_probabilities
+
+    spec = bundle.spec
+    graph = _traced(bundle, member, dynamic=dynamic)
+    shape = spec.inference.patch[3 - spec.dimensions :]
+    spatial = ("z", "y", "x")[3 - spec.dimensions :] if dynamic else shape
+    kind: int = TensorProto.FLOAT
+    channels = [spec.classes]
+    if head == "softmax":
+        append_probabilities(graph, "logits", spec.head)
+    elif head == "argmax":
+        kind, channels = append_labels(graph, "logits", spec), []
+    patches = helper.make_tensor_value_info("patches", TensorProto.FLOAT, ("batch", spec.in_channels, *spatial))
+    output = helper.make_tensor_value_info(_OUTPUTS[head], kind, ("batch", *channels, *spatial))
+    made_by = {"producer_name": "segrt", "producer_version": __version__}
+    model = helper.make_model(GraphProto(), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, **made_by)
+    graph.fill(model.graph, spec.name or "model", [patches], [output])
+    return model
+
+
+def _traced(bundle: Bundle, member: str, *, dynamic: bool) -> Any:
+    """The graph of a member's network; of the network only the numbers stay, and nothing but the graph holds them."""
+    from .graph import Graph
+    from .trace import trace
+
+    network, spec = load_member(bundle, member), bundle.spec
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     if size > _MAX_BYTES:
         raise BuildError(f"member {member!r} has {size / 2**30:.1f} GiB of weights; one ONNX file holds 2 GiB at most")
     if dynamic and isinstance(spec.network, VNetSpec) and spec.network.kernels != spec.network.strides:
         raise BuildError(f"member {member!r}: a free spatial shape needs a V-Net whose kernels are as large as their strides")
-    onnx = require("onnx", extra="export")
-    model = _assemble(network, spec, head=head, dynamic=dynamic)
-    said = {"segrt": __version__, "model": spec.name, "member": member, "head": head, "dynamic": str(dynamic).lower()}
-    onnx.helper.set_model_props(model, said)
-    content: bytes = model.SerializeToString(deterministic=True)
-    onnx.checker.check_model(content, full_check=True)
-    return content
-
-
-def _assemble(network: Any, spec: ModelSpec, *, head: Head, dynamic: bool) -> Any:
-    """The model of a network, with what follows it."""
-    from onnx import TensorProto, helper
-
-    from .graph import Graph
-    from .head import append_labels, append_probabilities
-    from .trace import trace
-
-    shape = spec.inference.patch[3 - spec.dimensions :]
     graph = Graph()
-    logits = graph.rename(trace(network, graph, "patches", (spec.in_channels, *shape)), "logits")
-    spatial = ("z", "y", "x")[3 - spec.dimensions :] if dynamic else shape
-    kind: int = TensorProto.FLOAT
-    channels = [spec.classes]
-    if head == "softmax":
-        append_probabilities(graph, logits, spec.head)
-    elif head == "argmax":
-        kind, channels = append_labels(graph, logits, spec), []
-    patches = helper.make_tensor_value_info("patches", TensorProto.FLOAT, ("batch", spec.in_channels, *spatial))
-    output = helper.make_tensor_value_info(_OUTPUTS[head], kind, ("batch", *channels, *spatial))
-    opset = helper.make_opsetid("", OPSET)
-    proto = graph.proto(spec.name, [patches], [output])
-    return helper.make_model(proto, opset_imports=[opset], ir_version=IR_VERSION, producer_name="segrt", producer_version=__version__)
+    output = trace(network, graph, "patches", (spec.in_channels, *spec.inference.patch[3 - spec.dimensions :]))
+    graph.rename(output, "logits")
+    return graph
 
 
 def _record(bundle: Bundle, member: str) -> None:

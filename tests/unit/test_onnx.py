@@ -198,6 +198,13 @@ def test_networks_beyond_one_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
         export_onnx(bundle)
 
 
+def test_networks_no_graph_stands_for(bundle: Bundle) -> None:
+    inference = bundle.spec.inference.model_copy(update={"patch": (4, 9, 8)})
+    wrong = Bundle(bundle.path, bundle.spec.model_copy(update={"inference": inference}))
+    with pytest.raises(BuildError, match=r"member '0' cannot be written as ONNX: .*; check network in model\.json"):
+        export_onnx(wrong)
+
+
 # ------------------------------------------------------------------ the stored reference
 @pytest.mark.parametrize("values", [plans(), flat_plans()], ids=["3d", "2d"])
 def test_the_reference_holds_exact_inputs_and_thinned_logits(tmp_path: Path, values: dict[str, Any]) -> None:

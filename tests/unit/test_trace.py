@@ -50,7 +50,9 @@ def exported(module: nn.Module, channels: int, sides: tuple[int, ...]) -> onnx.M
     inputs = [helper.make_tensor_value_info("patches", TensorProto.FLOAT, ["batch", channels, *free])]
     outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, [f"output {axis}" for axis in range(2 + len(sides))])]
     opset = helper.make_opsetid("", OPSET)
-    return helper.make_model(graph.proto("graph", inputs, outputs), opset_imports=[opset], ir_version=IR_VERSION)
+    model = helper.make_model(onnx.GraphProto(), opset_imports=[opset], ir_version=IR_VERSION)
+    graph.fill(model.graph, "graph", inputs, outputs)
+    return model
 
 
 def check(module: nn.Module, channels: int, sides: tuple[int, ...]) -> onnx.ModelProto:
@@ -136,31 +138,143 @@ def test_one_channel_is_added_to_all() -> None:
     check(Module(lambda layers, x: layers["conv"](x) + x, conv=nn.Conv2d(1, 4, 3, padding=1)), 1, (5, 6))
 
 
-REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module]]] = {
-    "tanh": (lambda layers, x: torch.tanh(x), {}),
-    "batch normalisation of anything but a convolution": (lambda layers, x: layers["norm"](f.relu(x)), {"norm": nn.BatchNorm2d(2)}),
-    "enlarging other than": (lambda layers, x: f.interpolate(x, scale_factor=2, mode="nearest"), {}),
-    "average pooling with padding": (lambda layers, x: f.avg_pool2d(x, 3, 2, 1), {}),
-    "maximum pooling with padding": (lambda layers, x: f.max_pool2d(x, 3, 2, 1), {}),
-    "part": (lambda layers, x: x[:, 1:], {}),
-    "running statistics": (lambda layers, x: layers["norm"](x), {"norm": nn.InstanceNorm2d(2, track_running_stats=True)}),
+def conv(inputs: int = 2, outputs: int = 2, **how: Any) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **how)
+
+
+def norm() -> nn.Module:
+    return nn.BatchNorm2d(2)
+
+
+def tied() -> dict[str, nn.Module]:
+    first, second = conv(), conv()
+    second.weight = first.weight
+    return {"first": first, "second": second}
+
+
+def in_place_after_dropout(layers: Any, x: Tensor) -> Tensor:
+    y = layers["conv"](x)
+    return f.relu(layers["drop"](y), inplace=True) + y
+
+
+Case = tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module]]
+
+RIGHT: dict[str, Case] = {
+    "a shared convolution, normalised in two ways and not at all": (
+        lambda layers, x: layers["a"](layers["conv"](x)) + layers["b"](layers["conv"](f.elu(x))) + layers["conv"](f.relu(x)),
+        {"conv": conv(), "a": norm(), "b": norm()},
+    ),
+    "shared weights": (lambda layers, x: layers["first"](layers["second"](x)), tied()),
+    "a name that a number makes taken": (
+        lambda layers, x: layers["conv_1"](layers["conv"](layers["conv"](x))),
+        {"conv": conv(), "conv_1": conv()},
+    ),
+    "dropout at rest is no other tensor": (in_place_after_dropout, {"conv": conv(), "drop": nn.Dropout2d(0.5)}),
+    "whole numbers": (lambda layers, x: layers["elu"](layers["leaky"](x)), {"elu": nn.ELU(alpha=1), "leaky": nn.LeakyReLU(0)}),
+    "what torch takes for granted": (
+        lambda layers, x: f.avg_pool2d(f.conv2d(x, layers["conv"].weight, stride=1, padding=1), 2) + f.max_pool2d(x, 2),
+        {"conv": conv()},
+    ),
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_has_no_form_is_refused(words: str) -> None:
-    forward, layers = REFUSED[words]
-    with pytest.raises(NotImplementedError, match=words):
+@pytest.mark.parametrize("case", RIGHT)
+def test_uses_that_are_easily_mistaken(case: str) -> None:
+    forward, layers = RIGHT[case]
+    check(Module(forward, **layers), 2, (8, 8))
+
+
+def test_numbers_that_differ_late_are_two_numbers() -> None:
+    def forward(layers: Any, x: Tensor) -> Tensor:
+        for factor in (1.125, 1.1250001):
+            x = f.interpolate(x / factor, scale_factor=factor, mode="bilinear", align_corners=True)
+        return x
+
+    tensors = exported(Module(forward), 1, (8, 8)).graph.initializer
+    assert len({tensor.raw_data for tensor in tensors}) == 4
+
+
+def test_a_network_that_is_one_layer() -> None:
+    check(nn.PReLU(2), 2, (4, 4))
+
+
+def read_after_folding(layers: Any, x: Tensor) -> Tensor:
+    y = layers["conv"](x)
+    return layers["norm"](nn.functional.dropout2d(y, training=False)) + y
+
+
+def in_place_on_a_part(layers: Any, x: Tensor) -> Tensor:
+    y = f.relu(x)
+    f.elu(y[:, :1], inplace=True)
+    return y
+
+
+def in_place_on_the_whole(layers: Any, x: Tensor) -> Tensor:
+    y = f.relu(x)
+    part = y[:, :1]
+    return f.elu(y, inplace=True) + part
+
+
+def enlarged(x: Tensor, **how: Any) -> Tensor:
+    return f.interpolate(x, **{"scale_factor": 0.5, "mode": "bilinear", "align_corners": True, **how})
+
+
+PARTS = (0, np.s_[:, 1:], np.s_[:, :-1], np.s_[:, :0], np.s_[:, :], np.s_[:, :2:2], np.s_[:, 1])
+CONV, BOTH = {"conv": conv()}, {"conv": conv(), "norm": norm()}
+
+REFUSED: list[tuple[str, Callable[[Any, Tensor], Any], dict[str, nn.Module]]] = [
+    ("function tanh", lambda layers, x: torch.tanh(x), {}),
+    ("batch normalisation of anything but a convolution", lambda layers, x: layers["norm"](f.relu(x)), BOTH),
+    ("batch normalisation of anything but a convolution", lambda layers, x: layers["norm"](x), BOTH),
+    ("normalisation was folded into", lambda layers, x: (lambda y: layers["norm"](y) + y)(layers["conv"](x)), BOTH),
+    ("normalisation was folded into", read_after_folding, BOTH),
+    ("running statistics", lambda layers, x: layers["norm"](x), {"norm": nn.InstanceNorm2d(2, track_running_stats=True)}),
+    ("a weight or a bias alone", lambda layers, x: f.instance_norm(x, bias=layers["conv"].bias), CONV),
+    ("a weight or a bias alone", lambda layers, x: f.instance_norm(x, weight=layers["conv"].bias), CONV),
+    ("in place on a tensor that shares its memory", in_place_on_a_part, {}),
+    ("in place on a tensor that shares its memory", in_place_on_the_whole, {}),
+    ("enlarging other than", lambda layers, x: enlarged(x, mode="nearest", align_corners=None), {}),
+    ("enlarging other than", lambda layers, x: enlarged(x, antialias=True), {}),
+    ("average pooling with", lambda layers, x: f.avg_pool2d(x, 3, 2, 1), {}),
+    ("average pooling with", lambda layers, x: f.avg_pool2d(x, 3, 2, ceil_mode=True), {}),
+    ("average pooling with", lambda layers, x: f.avg_pool2d(x, 2, divisor_override=1), {}),
+    ("maximum pooling with", lambda layers, x: f.max_pool2d(x, 3, 2, 1), {}),
+    ("maximum pooling with", lambda layers, x: f.max_pool2d(x, 3, 2, ceil_mode=True), {}),
+    ("maximum pooling with", lambda layers, x: f.max_pool2d(x, 2, dilation=2), {}),
+    ("leaves nothing", lambda layers, x: f.max_pool2d(x, 9), {}),
+    ("padding 'same'", lambda layers, x: layers["conv"](x), {"conv": nn.Conv2d(2, 2, 3, padding="same")}),
+    ("a weight that is computed", lambda layers, x: f.conv2d(x, torch.relu(x)), {}),
+    ("not computed from the input", lambda layers, x: x + layers["conv"].bias, {"conv": conv(2, 8)}),
+    ("not computed from the input", lambda layers, x: f.relu(x.data), {}),
+    ("int in place of a tensor", lambda layers, x: x + 1, {}),
+    ("tuple in place of a tensor", lambda layers, x: (x, x), {}),
+    ("division by anything but a number", lambda layers, x: x / x, {}),
+    ("with these arguments", lambda layers, x: torch.div(x, 2, rounding_mode="floor"), {}),
+    ("with these arguments", lambda layers, x: torch.add(x, x, alpha=2), {}),
+    ("with these arguments", lambda layers, x: torch.cat([x, x], axis=1), {}),
+    ("with these arguments", lambda layers, x: torch.cat(tensors=[x, x], dim=1), {}),
+    *(("a tensor's part", lambda layers, x, part=part: x[part], {}) for part in PARTS),
+    ("of type torch.float64", lambda layers, x: layers["conv"](x), {"conv": conv().double()}),
+]
+
+
+@pytest.mark.parametrize(("words", "forward", "layers"), REFUSED)
+def test_what_has_no_form_is_refused(words: str, forward: Callable[[Any, Tensor], Any], layers: dict[str, nn.Module]) -> None:
+    with pytest.raises(NotImplementedError, match=rf"{words}.* has no ONNX form here; "):
         exported(Module(forward, **layers).eval(), 2, (8, 8))
 
 
-def test_what_a_folded_convolution_gave_before_cannot_be_read() -> None:
-    def forward(layers: Any, x: Tensor) -> Tensor:
-        y = layers["conv"](x)
-        return layers["norm"](y) + y
-
-    with pytest.raises(KeyError):
-        exported(Module(forward, conv=nn.Conv2d(2, 2, 1), norm=nn.BatchNorm2d(2)).eval(), 2, (8, 8))
+def test_a_name_stands_for_one_value() -> None:
+    graph, ones = Graph(), np.ones(3, np.float32)
+    assert graph.constant(ones, "n") == graph.constant(ones.copy(), "n") == "n"
+    with pytest.raises(NotImplementedError, match="two values called 'n'"):
+        graph.constant(np.zeros(3, np.float32), "n")
+    graph.add("Relu", ["n"], name="relu")
+    with pytest.raises(NotImplementedError, match="two values called 'relu'"):
+        graph.constant(ones, "relu")
+    assert graph.add("Relu", ["n"], name="n") == "n_1"
+    graph.fill(onnx.GraphProto(), "graph", [], [])
+    assert not graph.constants  # a network's weights are not kept beside the file that is made of them
 
 
 def test_networks_at_training_are_refused() -> None:
