@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from math import ceil, prod
 from pathlib import Path
@@ -35,6 +36,8 @@ MAX_REFERENCE_VALUES = 300_000
 _OUTPUTS = {"logits": "logits", "softmax": "probabilities", "argmax": "labels"}
 # A protobuf message ends at 2 GiB; what the graph needs besides weights is far below the margin.
 _MAX_BYTES = 2**31 - 2**24
+# Members exported by several threads are entries of one record.
+_RECORDING = threading.Lock()
 
 
 def export_onnx(bundle: Bundle, *, members: Sequence[str] | None = None, dynamic: bool = False, head: Head = "logits") -> list[Path]:
@@ -81,14 +84,16 @@ def load_member(bundle: Bundle, member: str) -> Network:
     if isinstance(bundle.spec.network, OnnxNetwork) or not path.is_file():
         raise BuildError(f"{path} is missing: this bundle holds only compiled or ONNX networks; export from the bundle they were made from")
     safetensors = require("safetensors", extra="export")
-    try:
-        weights = require("safetensors.torch", extra="export").load_file(str(path))
-    except (safetensors.SafetensorError, OSError) as err:
-        raise BuildError(f"{path}: not readable as safetensors ({err}); copy the bundle again") from err
-    require("torch", extra="export")
+    torch = require("torch", extra="export")
     from ..networks import build, load_weights
 
-    network = build(bundle.spec.network)
+    # whatever device and type a program has made torch's default
+    with torch.device("cpu"):
+        try:
+            weights = require("safetensors.torch", extra="export").load_file(str(path))
+        except (safetensors.SafetensorError, OSError) as err:
+            raise BuildError(f"{path}: not readable as safetensors ({err}); copy the bundle again") from err
+        network = build(bundle.spec.network).float()
     load_weights(network, weights, where=str(path), whole=bundle.whole.spec.network if bundle.whole else None)
     return network
 
@@ -131,7 +136,8 @@ def write_reference(bundle: Bundle, inputs: FloatArray, *, max_values: int = MAX
 
 def _run_window(network: Network, window: Any, dimensions: int) -> FloatArray:
     """(C, Z, Y, X) -> logits (K, Z, Y, X)."""
-    with require("torch", extra="export").inference_mode():
+    torch = require("torch", extra="export")
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         logits: Any = network(window[None, :, 0] if dimensions == 2 else window[None])[0]
     result: FloatArray = (logits[:, None] if dimensions == 2 else logits).numpy()
     return result
@@ -198,14 +204,15 @@ def _record(bundle: Bundle, member: str) -> None:
     """Keep the hash, by which engines notice a file that was changed; of a level also that of the whole network's file."""
     path = bundle.onnx_path(member)
     record = path.with_name("build.json")
-    before = read_build(record)
-    kept = {key: value for key in ("sha256", "level_of", "fp16_of") if isinstance(value := before.get(key), dict)}
-    values = {**kept, "sha256": {**kept.get("sha256", {}), path.stem: sha256(path)}}
-    if bundle.whole is not None:
-        values["level_of"] = {**kept.get("level_of", {}), path.stem: sha256(bundle.whole.onnx_path(member))}
-    values.get("fp16_of", {}).pop(path.stem, None)
-    made_by = {"opset": OPSET, "segrt": __version__, "torch": require("torch", extra="export").__version__}
-    write_atomic(record, json.dumps({**values, **made_by}, indent=1) + "\n")
+    with _RECORDING:
+        before = read_build(record)
+        kept = {key: value for key in ("sha256", "level_of", "fp16_of") if isinstance(value := before.get(key), dict)}
+        values = {**kept, "sha256": {**kept.get("sha256", {}), path.stem: sha256(path)}}
+        if bundle.whole is not None:
+            values["level_of"] = {**kept.get("level_of", {}), path.stem: sha256(bundle.whole.onnx_path(member))}
+        values.get("fp16_of", {}).pop(path.stem, None)
+        made_by = {"opset": OPSET, "segrt": __version__, "torch": require("torch", extra="export").__version__}
+        write_atomic(record, json.dumps({**values, **made_by}, indent=1) + "\n")
 
 
 def _stride(channels: int, shape: tuple[int, ...], limit: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from segrt.errors import BuildError, InputError
 from segrt.export import onnx as export
 from segrt.export.importers import import_nnunet
 from segrt.export.onnx import export_onnx, load_member, write_reference
+from segrt.files import write_atomic
 from segrt.spec import OnnxNetwork
 
 FLAT = {"conv_op": "torch.nn.Conv2d", "kernel_sizes": [[3, 3]] * 3, "strides": [[1, 1], [2, 2], [2, 1]]}
@@ -127,6 +130,39 @@ def test_members_are_recorded_one_by_one(tmp_path: Path) -> None:
     for member in ("0", "1"):
         check_onnx(made, member)
     assert not np.allclose(*(run(made.onnx_path(m), patches(made, 1)) for m in ("0", "1")))
+
+
+def test_members_are_recorded_at_the_same_time(bundle: Bundle) -> None:
+    names = tuple(map(str, range(8)))
+    many = Bundle(bundle.path, bundle.spec.model_copy(update={"members": names}))
+    for name in names:
+        write_atomic(many.onnx_path(name), name)
+    with ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(lambda name: export._record(many, name), names * 4))
+    for name in names:
+        check_onnx(many, name)
+
+
+def test_what_a_program_made_torchs_default_changes_nothing(exported: Bundle, tmp_path: Path) -> None:
+    content, windows = exported.onnx_path("0").read_bytes(), patches(exported, 1)
+    made = Bundle(shutil.copytree(exported.path, tmp_path / "b"), exported.spec)
+    with np.load(write_reference(made, windows)) as stored:
+        logits = stored["logits_0"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+            export_onnx(made)
+            write_reference(made, windows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.onnx_path("0").read_bytes() == content
+    with np.load(made.reference_path) as stored:
+        assert np.array_equal(stored["logits_0"], logits)
+
+
+def test_a_model_without_a_name(exported: Bundle, tmp_path: Path) -> None:
+    made = Bundle(shutil.copytree(exported.path, tmp_path / "b"), exported.spec.model_copy(update={"name": ""}))
+    assert onnx.load(export_onnx(made)[0]).graph.name == "model"
 
 
 def test_exporting_prints_nothing(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
