@@ -234,7 +234,7 @@ class UNetSpec(Part):
             if side % multiple:
                 return f"expected multiples of {multiple} on axis {axis}, got {side}"
         if self.norm == "instance" and own == tuple(multiples):
-            return f"expected more than one voxel at the coarsest level, which instance normalisation needs, got {shape}"
+            return f"{shape} leaves one voxel at the coarsest level of the network, where normalising needs more; choose a larger patch"
         return ""
 
 

@@ -218,7 +218,7 @@ def test_separate_axis_follows_nnunets_rule(current: Any, new: Any, separate: bo
         ("head.values", [0, -1, 2], "head.values.1: expected greater than or equal to 0, got -1"),
         ("head.values", [0, 1], "head.values: expected 3 values (network.out_channels), got 2"),
         ("inference.patch", [8, 9, 8], "inference.patch: expected multiples of 2 on axis y, got 9"),
-        ("inference.patch", [2, 2, 2], "inference.patch: expected more than one voxel at the coarsest level, which instance"),
+        ("inference.patch", [2, 2, 2], "inference.patch: (2, 2, 2) leaves one voxel at the coarsest level of the network"),
         ("network.strides", [[1, 1, 1], [2, 0, 2]], "network.strides.1.1: expected greater than or equal to 1, got 0"),
         ("members", ["0", "0-argmax"], "members: a member's name may not end like those of its other files"),
         ("inference.mirror_axes", [1, 1], "inference.mirror_axes: expected no entry twice, got (1, 1)"),

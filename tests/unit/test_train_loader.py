@@ -150,7 +150,7 @@ def test_blocks_that_do_not_decompress_are_named(tmp_path: Path) -> None:
     middle = len(content) // 2
     content[middle - 300 : middle + 300] = bytes(600)
     file.write_bytes(content)
-    whole = configure(make_spec(patch=(8, 9, 9), network=UNET_3D))
+    whole = configure(make_spec(patch=(10, 10, 10), network=UNET_3D))
     with pytest.raises(InputError, match=r"case a|cache/a"):
         _take(Batches(cache, whole, workers=0, augmentation="none"), 3)
 
