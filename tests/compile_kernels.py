@@ -4,6 +4,8 @@ Public functions are called on simulated arrays as the pipeline calls them, and 
 launched with, and assembled where there is an assembler: `ptxas`, or nvJitLink from the CUDA packages. "brief" takes the first types of
 each kernel alone. Prints one JSON object, by generation. Numba has to be without its simulator here, so this is a process of its own.
 
+What takes time is Numba: a kernel is typed and lowered once for all generations, whose NVVM takes many kernels in one program.
+
 A new kernel needs a call in `STAGES` that reaches it, with the dtypes and layouts it meets in use.
 """
 
@@ -17,13 +19,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numba
 import numpy as np
+from cuda_sources import doubles, spills
 from factories import make_spec, nearest_engine
 from numba.core import types
 
@@ -31,7 +37,7 @@ from segrt.bundle import Bundle
 from segrt.device import Simulated, to_device
 from segrt.engines.compose import Hosted
 from segrt.kernels import _cuda, activation, argmax, bbox, blend, components, mean, normalize, onehot, resample
-from segrt.kernels._cuda.launch import Launch, ThreadKernel, cuda, recording
+from segrt.kernels._cuda.launch import Launch, ThreadKernel, recording
 from segrt.predictor import Predictor
 from segrt.spec import Channel, DropSmall, FillHoles, KeepLargest, PreviousStage, Resampling, ShapeTarget, SpacingTarget, ZScoreNorm
 from segrt.volume import Grid, Volume
@@ -39,6 +45,7 @@ from segrt.volume import Grid, Volume
 RNG = np.random.default_rng(0)
 IMAGES = (np.int16, np.uint8, np.float32)  # what scanners and pictures are stored in; other dtypes become float32 where it matters
 LABELS = (np.uint8, np.uint16)
+TOGETHER = 24  # kernels of one program: NVVM reads CUDA's mathematics anew, and the assembler starts, for each program
 
 
 # ------------------------------------------------------------------ what is called
@@ -177,11 +184,21 @@ def launched(stages: Sequence[Callable[[], None]]) -> Launches:
     """One launch for each kernel and types of arguments."""
     found: Launches = {}
     for stage in stages:
-        with recording() as launches:
+        with recording() as launches, idle():
             stage()
         for one in launches:
             found.setdefault((id(one.kernel), tuple(_type_of(argument) for argument in one.arguments)), one)
     return found
+
+
+@contextmanager
+def idle() -> Iterator[None]:
+    """Have launches do nothing, for their types are all that is wanted; but for what the host reads to decide what comes next."""
+    loop: Any = vars(ThreadKernel)["loop"]
+    read = {"grow_box", "moments", "fold_moments", "plane_extremes", "fold_extremes"}
+    chosen = property(lambda kernel: loop.__get__(kernel, ThreadKernel) if kernel.name in read else lambda *_: None)
+    with patch.object(ThreadKernel, "loop", chosen):
+        yield
 
 
 def _type_of(argument: Any) -> Any:
@@ -192,20 +209,42 @@ def _type_of(argument: Any) -> Any:
     return types.Array(found.dtype, found.ndim, found.layout)  # arrays on a GPU are never read-only
 
 
-def compiled(launches: Launches, capability: tuple[int, int], brief: bool) -> Iterator[dict[str, Any]]:
-    # functions inside kernels ask for the device in use, and there is none
-    importlib.import_module("numba.cuda.dispatcher").get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-    names, seen = all_kernels(), set()
+@dataclass(frozen=True)
+class Lowered:
+    """A kernel for some types, as Numba hands it to NVVM; nothing in it knows of a generation."""
+
+    kernel: str
+    types: str
+    float64: bool
+    entry: str
+    modules: tuple[str, ...]
+
+
+def lowered(launches: Launches) -> list[Lowered]:
+    # functions inside kernels ask for the device in use, and there is none; lowering asks of it whether it is older than any we know of
+    importlib.import_module("numba.cuda.dispatcher").get_current_device = lambda: SimpleNamespace(compute_capability=(8, 0))
+    lower, names, found = importlib.import_module("numba.cuda.compiler")._compile_pyfunc_with_fixup, all_kernels(), []
     for (key, kinds), one in launches.items():
-        if brief and key in seen:
-            continue
-        seen.add(key)
-        ptx, _ = cuda.compile_ptx(one.kernel.source_function("cuda"), (types.int32,) * 3 + kinds, cc=capability)
+        signature = (types.int32,) * 3 + kinds
+        library, _ = lower(one.kernel.source_function("cuda"), signature, device=False, abi="numba", cc=(8, 0))
+        form = ", ".join(str(_short(k)) for k in kinds)
+        found.append(Lowered(names[key], form, one.kernel.float64, library._entry_name, tuple(library.llvm_strs)))
+    return found
+
+
+def compiled(kernels: Sequence[Lowered], capability: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    nvvm = importlib.import_module("numba.cuda.cudadrv.nvvm")
+    for first in range(0, len(kernels), TOGETHER):
+        part = kernels[first : first + TOGETHER]
+        # what several call is in each of them
+        modules = dict.fromkeys(module for kernel in part for module in kernel.modules)
+        ptx = nvvm.compile_ir(list(modules), arch="compute_{}{}".format(*capability), opt=3).decode().strip("\0")
         version = re.search(r"^\.version (\S+)", ptx, re.MULTILINE)
         assert version, "no PTX"
-        double = sorted({line.split()[0] for line in ptx.splitlines() if re.match(r"\s+\S+\.f64", line)})
-        kernel = {"kernel": names[key], "types": ", ".join(str(_short(k)) for k in kinds), "float64": one.kernel.float64}
-        yield kernel | {"version": version[1], "double": double} | assembled(ptx, capability)
+        double, used = doubles(ptx), assembled(ptx, capability)
+        for kernel in part:
+            form = {"kernel": kernel.kernel, "types": kernel.types, "float64": kernel.float64}
+            yield form | {"version": version[1], "double": double[kernel.entry]} | used.get(kernel.entry, {})
 
 
 def _short(kind: Any) -> str:
@@ -219,15 +258,13 @@ def assembler() -> str | None:
     return "nvJitLink" if importlib.util.find_spec("cuda.bindings.nvjitlink") else None
 
 
-def assembled(ptx: str, capability: tuple[int, int]) -> dict[str, int]:
-    """Registers of a thread, and bytes that did not fit in them; nothing where there is no assembler."""
+def assembled(ptx: str, capability: tuple[int, int]) -> dict[str, dict[str, int]]:
+    """Registers of a thread, and bytes that did not fit in them, of each kernel; nothing where there is no assembler."""
     tool, arch = assembler(), "sm_{}{}".format(*capability)
     if tool is None:
         return {}
     report = _ptxas(ptx, arch) if tool == "ptxas" else _link(ptx, arch)
-    registers = re.search(r"Used (\d+) registers", report)
-    assert registers, report
-    return {"registers": int(registers[1]), "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))}
+    return {name: {"registers": used.registers, "spilled": used.spilled} for name, used in spills(report).items()}
 
 
 def _ptxas(ptx: str, arch: str) -> str:
@@ -248,13 +285,15 @@ def _link(ptx: str, arch: str) -> str:
     return log.decode()
 
 
-def report(generation: str, launches: Launches) -> dict[str, Any]:
+def report(generation: str, kernels: Sequence[Lowered]) -> dict[str, Any]:
     digits, _, how = generation.partition(":")
-    forms = list(compiled(launches, (int(digits[:-1]), int(digits[-1])), brief=how == "brief"))
+    if how == "brief":
+        kernels = list({kernel.kernel: kernel for kernel in reversed(kernels)}.values())
+    forms = list(compiled(kernels, (int(digits[:-1]), int(digits[-1]))))
     missing = sorted(set(all_kernels().values()) - {form["kernel"] for form in forms})
     return {"arch": f"sm_{digits}", "assembler": assembler(), "missing": missing, "forms": forms}
 
 
 if __name__ == "__main__":
-    made = launched(STAGES)
+    made = lowered(launched(STAGES))
     print(json.dumps({generation: report(generation, made) for generation in sys.argv[1:]}))

@@ -13,6 +13,9 @@ from segrt.kernels._cuda import native
 
 GENERATIONS = (80, 90, 120)  # A100; H100 and H200; RTX 50
 
+# an instruction may hang on a predicate, and follow another or a brace on its line
+_DOUBLE = re.compile(r"(?:^|[;{}])\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*\.f64(?:\.\w+)*)\b", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -33,9 +36,9 @@ def compiled(source: str, defines: Mapping[str, int], generation: int) -> dict[s
     assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, log
     ptx = _text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
     nvrtc.nvrtcDestroyProgram(program)
-    doubles, spilled = _doubles(ptx), _spilled(log)
-    assert doubles.keys() == spilled.keys()
-    return {name: Compiled(spilled[name], doubles[name]) for name in doubles}
+    double, used = doubles(ptx), spills(log)
+    assert double.keys() == used.keys()
+    return {name: Compiled(used[name].spilled, bool(double[name])) for name in double}
 
 
 def _text(size: Any, get: Any, program: Any) -> str:
@@ -44,24 +47,34 @@ def _text(size: Any, get: Any, program: Any) -> str:
     return buffer.rstrip(b"\0").decode()
 
 
-def _spilled(log: str) -> dict[str, int]:
-    """Kernel -> bytes; those of functions it calls follow its own."""
+@dataclass(frozen=True)
+class Used:
+    """What a kernel takes once it is assembled: registers of a thread, and bytes that did not fit in them."""
+
+    registers: int
+    spilled: int
+
+
+def spills(log: str) -> dict[str, Used]:
+    """Every kernel in an assembler's report; the bytes of functions it calls follow its own."""
     found = {}
-    for name, report in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL):
-        numbers = re.findall(r"(\d+) bytes spill", report)
+    for name, report in re.findall(r"Compiling entry function '([\w$]+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL):
+        numbers, registers = re.findall(r"(\d+) bytes spill", report), re.search(r"Used (\d+) registers", report)
         assert len(numbers) >= 2, log
-        found[name] = sum(map(int, numbers))
+        assert registers, log
+        found[name] = Used(int(registers[1]), sum(map(int, numbers)))
     return found
 
 
-def _doubles(ptx: str) -> dict[str, bool]:
-    """Kernel -> whether it, or a function it calls, has an instruction in double precision."""
-    parts = re.split(r"^(?:\.visible )?(?:\.weak )?\.(entry|func)\s+(?:\([^)]*\)\s*)?(\w+)", ptx, flags=re.MULTILINE)[1:]
+def doubles(ptx: str) -> dict[str, list[str]]:
+    """Every kernel's instructions in double precision, and those of the functions it calls."""
+    parts = re.split(r"^(?:\.visible )?(?:\.weak )?\.(entry|func)\s+(?:\([^)]*\)\s*)?([\w$]+)", ptx, flags=re.MULTILINE)[1:]
     texts = {name: (kind, text) for kind, name, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True)}
+    functions = {name for name, (kind, _) in texts.items() if kind == "func"}
+    own = {name: set(_DOUBLE.findall(text)) for name, (_, text) in texts.items()}
+    called = {name: set(re.findall(r"[\w$]+", text)) & functions - {name} for name, (_, text) in texts.items()}
 
-    def has(name: str) -> bool:
-        text = texts[name][1]
-        called = {other for other, (kind, _) in texts.items() if kind == "func" and other != name and re.search(rf"\b{other}\b", text)}
-        return bool(re.search(r"^\s+(@%p\d+ )?\w+[\w.]*\.f64\b", text, re.MULTILINE)) or any(map(has, called))
+    def instructions(name: str) -> set[str]:
+        return own[name].union(*map(instructions, called[name]))
 
-    return {name: has(name) for name, (kind, _) in texts.items() if kind == "entry"}
+    return {name: sorted(instructions(name)) for name, (kind, _) in texts.items() if kind == "entry"}

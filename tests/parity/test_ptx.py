@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cuda_sources import doubles, spills
+
 pytest.importorskip("numba_cuda", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
 
 SCRIPT = Path(__file__).parents[1] / "compile_kernels.py"
@@ -34,6 +36,44 @@ def reports():
 @pytest.fixture(params=GENERATIONS, ids=lambda generation: f"sm_{generation.partition(':')[0]}")
 def report(request: pytest.FixtureRequest, reports):
     return reports[request.param]
+
+
+PTX = """
+.func inner$1(
+{
+  cvt.f64.f32 	%fd1, %f1;
+}
+.visible .entry clean_f64(
+{
+  .reg .f64 %fd<2>;
+  @%p1 add.f32 %f1, %f2, %f3;
+  // mul.f64 is named
+}
+.visible .entry predicated(
+{
+  @%p1 add.f64 	%fd1, %fd2, %fd3;
+  { @!%p2 fma.rn.f64 %fd1, %fd2, %fd3, %fd4; }
+}
+.entry calling(
+{
+  call.uni inner$1, (param0);
+}
+"""
+LOG = """
+ptxas info : Compiling entry function 'clean_f64' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info : Used 40 registers
+ptxas info : Compiling entry function 'calling' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info : Used 255 registers
+ptxas info : Function properties for inner$1
+    8 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+"""
+
+
+def test_the_checks_can_fail():
+    assert doubles(PTX) == {"clean_f64": [], "predicated": ["add.f64", "fma.rn.f64"], "calling": ["cvt.f64.f32"]}
+    assert {name: (used.registers, used.spilled) for name, used in spills(LOG).items()} == {"clean_f64": (40, 0), "calling": (255, 12)}
 
 
 def of_form(form):
