@@ -1,6 +1,7 @@
 """CUDA C compiled as C++ and run thread by thread on the host, reads through `fetch` checked: what it computes is tested without a GPU.
 
-Threads run one after the other; where they wait for each other, those of a block are threads of the host. `RawModule` stands in for CuPy's.
+Threads run one after the other; where those of a block wait for each other, the next one goes on where it waited. `RawModule` stands in
+for CuPy's, `cuda_c_on_host` for CuPy and its GPU, so that a whole case goes the way it goes there.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
+from zlib import crc32
 
 import numpy as np
 
 from segrt.kernels._cuda import native
 
-_SHIM = """
+# a header of its own, compiled once for all: it takes longer than the kernels
+_LIBRARIES = """
 #include <algorithm>
 #include <cmath>
-#include <thread>
+#include <functional>
 #include <vector>
-#include <pthread.h>
+#include <ucontext.h>
+"""
+_SHIM = """
+#include "libraries.h"
 using std::min;
 using std::max;
 #define HOST 1
@@ -39,12 +49,24 @@ using std::max;
 #define __syncthreads() BARRIER()
 #define HOLD(kind, value)
 struct Index { int x, y, z; };
-static thread_local Index blockIdx, threadIdx;
-static Index blockDim, gridDim;
-static pthread_barrier_t barrier;
+static Index blockIdx, threadIdx, blockDim, gridDim;
 static float shared_memory[1 << 14];
 #define SHARED(name) float* name = shared_memory
-#define BARRIER() pthread_barrier_wait(&barrier)
+// a thread that waits gives way to the next one of its block
+struct Waiting {
+    ucontext_t context;
+    Index thread;
+    bool done;
+    std::vector<char> stack = std::vector<char>(1 << 16);
+};
+static ucontext_t block_context;
+static Waiting* running;
+static std::function<void()> body_of_thread;
+static void run_thread() {
+    body_of_thread();
+    running->done = true;
+}
+#define BARRIER() swapcontext(&running->context, &block_context)
 static double __dmul_rn(double a, double b) { return a * b; }
 static double __dadd_rn(double a, double b) { return a + b; }
 template <class To, class From> static To same_bits(From from) { To to; __builtin_memcpy(&to, &from, sizeof to); return to; }
@@ -81,21 +103,39 @@ template <class... A, void (*F)(A...)> struct Runner<F> {
         gridDim = {grid[0], grid[1], grid[2]};
         blockDim = {block[0], block[1], block[2]};
         if (!waiting) return each(gridDim, blockIdx, [&] { each(blockDim, threadIdx, [&] { F(a...); }); });
-        std::vector<std::thread> threads;
-        pthread_barrier_init(&barrier, nullptr, block[0] * block[1] * block[2]);
-        Index mine;
-        each(blockDim, mine, [&] {
-            threads.emplace_back([=] {
-                threadIdx = mine;
-                each(gridDim, blockIdx, [&] { F(a...); BARRIER(); });
+        static std::vector<Waiting> threads;
+        threads.resize(block[0] * block[1] * block[2]);
+        body_of_thread = [&] { F(a...); };
+        each(gridDim, blockIdx, [&] {
+            size_t n = 0;
+            Index mine;
+            each(blockDim, mine, [&] {
+                Waiting& thread = threads[n++];
+                thread.thread = mine;
+                thread.done = false;
+                getcontext(&thread.context);
+                thread.context.uc_link = &block_context;
+                thread.context.uc_stack.ss_sp = thread.stack.data();
+                thread.context.uc_stack.ss_size = thread.stack.size();
+                makecontext(&thread.context, run_thread, 0);
             });
+            for (size_t left = n; left > 0;) {
+                left = 0;
+                for (Waiting& thread : threads) {
+                    if (thread.done) continue;
+                    running = &thread;
+                    threadIdx = thread.thread;
+                    swapcontext(&block_context, &thread.context);
+                    left += !thread.done;
+                }
+            }
         });
-        for (auto& thread : threads) thread.join();
-        pthread_barrier_destroy(&barrier);
     }
 };
 """
 
+_DEVICES = count(1000)  # what is loaded belongs to one
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w")
 _TYPES = {"f4": ctypes.c_float, "f8": ctypes.c_double, "i4": ctypes.c_int32, "i8": ctypes.c_int64, "u4": ctypes.c_uint32}
 
 
@@ -106,24 +146,50 @@ def compiler() -> str | None:
 
 def run_on_host(call: native.Call) -> None:
     """Run a call on arrays that lie on the host; none of its reads of logits may leave them."""
-    library = _library(native.source_text(call.source), tuple(f"-D{name}={value}" for name, value in call.options), (call.kernel,))
-    guarded = max((a for a in call.arguments if isinstance(a, np.ndarray)), key=lambda a: a.ndim)
-    start, stop = np.lib.array_utils.byte_bounds(np.asarray(guarded))
-    library.guard(ctypes.c_void_p(start), ctypes.c_long(stop - start))
-    _run(library, call.kernel, call.shared > 0, call.grid, call.block, call.arguments)
-    assert library.strays() == 0
+    options = tuple(f"-D{name}={value}" for name, value in call.options)
+    kernel = RawModule(native.source_text(call.source), options).get_function(call.kernel)
+    kernel(call.grid, call.block, call.arguments, shared_mem=call.shared)
 
 
 class RawModule:
-    """What `cupy.RawModule` is on a GPU, for memory of the host; threads of a block run at the same time."""
+    """What `cupy.RawModule` is on a GPU, for memory of the host."""
 
     def __init__(self, code: str, options: tuple[str, ...]) -> None:
-        names = re.findall(r'^extern "C" __global__ void (\w+)\(', code, re.MULTILINE)
-        self._library = _library(code, tuple(option for option in options if option.startswith("-D")), tuple(names))
+        self._code, self._defines = code, tuple(option for option in options if option.startswith("-D"))
 
-    def get_function(self, name: str) -> Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]:
-        """One kernel, to be called with grid, block and arguments."""
-        return lambda grid, block, arguments: _run(self._library, name, True, grid, block, arguments)
+    def get_function(self, name: str) -> Callable[..., None]:
+        """One kernel, to be called with grid, block, arguments and `shared_mem`: 0 says that no thread waits for another."""
+        library = _library(_part(self._code, name), self._defines)
+
+        def kernel(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared_mem: int = 1) -> None:
+            arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+            if arrays:
+                start, stop = np.lib.array_utils.byte_bounds(np.asarray(max(arrays, key=lambda a: a.ndim)))
+                library.guard(ctypes.c_void_p(start), ctypes.c_long(stop - start))
+            _run(library, name, shared_mem > 0, grid, block, arguments)
+            assert library.strays() == 0
+
+        return kernel
+
+
+@contextmanager
+def cuda_c_on_host() -> Iterator[list[str]]:
+    """Have CUDA C work on simulated arrays inside the block, through all that launches it on a GPU: the kernels that ran."""
+    ran: list[str] = []
+
+    class Module(RawModule):
+        def get_function(self, name: str) -> Callable[..., None]:
+            kernel = super().get_function(name)
+            return lambda *arguments, **options: (ran.append(name), kernel(*arguments, **options))[1]
+
+    device = next(_DEVICES)
+    cupy = SimpleNamespace(RawModule=Module, cuda=SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: device)))
+    with patch.object(native, "require", lambda *_, **__: cupy), patch.object(native, "Simulated", ()):
+        native.use_cuda_c(True)
+        try:
+            yield ran
+        finally:
+            native.use_cuda_c(False)
 
 
 def _run(library: Any, kernel: str, waiting: bool, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
@@ -139,27 +205,32 @@ def _argument(value: Any) -> Any:
     return ctypes.c_void_p(value) if isinstance(value, int) else _TYPES[value.dtype.str[1:]](value)
 
 
+def _part(code: str, kernel: str) -> str:
+    """What a kernel needs of a source that headings divide: what all parts share, and its own."""
+    shared, *parts = re.split(r"^(?=// -{10})", code, flags=re.MULTILINE)
+    return shared + next((part for part in parts if re.search(rf"\b{kernel}\(", part)), "")
+
+
 @cache
-def _library(source: str, defines: tuple[str, ...], kernels: tuple[str, ...]) -> Any:
+def _folder() -> Path:
     folder = Path(tempfile.mkdtemp())
-    runners = (f'extern "C" void* run_{name}; void* run_{name} = (void*)&Runner<{name}>::run;\n' for name in kernels)
-    text = _SHIM + source + "\n" + "".join(runners)
-    (folder / "host.cpp").write_text(text)
-    command = [
-        compiler(),
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-pthread",
-        "-w",
-        *defines,
-        "-o",
-        str(folder / "host.so"),
-        str(folder / "host.cpp"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(folder / "host.so"))
+    (folder / "libraries.h").write_text(_LIBRARIES)
+    _compile([*_FLAGS, "-x", "c++-header", str(folder / "libraries.h")])
+    return folder
+
+
+@cache
+def _library(source: str, defines: tuple[str, ...]) -> Any:
+    names = re.findall(r'^extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(', source, re.MULTILINE)
+    runners = (f'extern "C" void* run_{name}; void* run_{name} = (void*)&Runner<{name}>::run;\n' for name in names)
+    path = _folder() / f"{crc32(repr((source, defines)).encode()):08x}"
+    path.with_suffix(".cpp").write_text(_SHIM + source + "\n" + "".join(runners))
+    _compile([*_FLAGS, "-shared", *defines, "-o", f"{path}.so", f"{path}.cpp"])
+    library = ctypes.CDLL(f"{path}.so")
     library.strays.restype = ctypes.c_long
     return library
+
+
+def _compile(arguments: list[str]) -> None:
+    done = subprocess.run([compiler() or "g++", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

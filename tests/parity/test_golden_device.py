@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from golden_sets import SETS, differing, golden_bundle
 
-from segrt.io import find_cases, write_labels
+from segrt.io import find_cases, read_labels, write_labels
 from segrt.io.peek import find_labels
 from segrt.kernels._cuda.launch import recording
 from segrt.predictor import Predictor
+from tests.host_kernels import compiler, cuda_c_on_host
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,30 @@ def test_the_gpus_path_gives_nnunets_labels(golden: Path, bundles, tmp_path: Pat
     assert differ <= allowed
     # sums in another order than the CPU's, and cubic splines by taps instead of a recursion: a few ties
     assert moved <= 1e-5 * total
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("S1", {"largest"}),
+        ("S4", {"along_lines", "along_rows", "extremes", "fold_extremes", "largest_resampled"}),  # slice by slice
+        ("S6", {"extremes", "fold_extremes"}),  # its labels are cropped, which is left to the thread bodies
+        ("S7", {"along_lines", "painted_resampled"}),
+    ],
+)
+def test_cuda_c_gives_nnunets_labels(golden: Path, bundles, name: str, kernels: set[str]) -> None:
+    """As `SEGRT_CUDA_C=1` has it on a GPU, but that the C runs on the host."""
+    chosen, bundle, differ = SETS[name], bundles(name), 0
+    with Predictor(bundle, device="simulated", tta=False, postprocess=False) as device:
+        for case in find_cases(golden / chosen.folder / "imagesTs", len(bundle.spec.channels)):
+            with cuda_c_on_host() as ran, recording() as launches:
+                found = device(case.files if len(case.files) > 1 else case.files[0])
+            assert kernels | {"blend"} <= set(ran)
+            assert "blend_voxel" not in {launch.kernel.name for launch in launches}
+            expected, _ = read_labels(find_labels(golden / chosen.folder / chosen.expected.format(mode="notta"), case.name))
+            differ += int((found.labels != expected).sum())
+    assert differ <= chosen.allowed("notta")
 
 
 @pytest.mark.parametrize("name", ["S1"])
