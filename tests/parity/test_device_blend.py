@@ -138,11 +138,12 @@ tiny = st.tuples(*[st.integers(1, 3)] * 3)
 
 
 @settings(max_examples=5)
-@given(tiny, tiny, tiny, st.sampled_from([np.float32, np.float16]), seeds)
-def test_any_shape_in_the_cuda_simulator(patch, room, low, dtype, seed):
+@given(tiny, tiny, tiny, st.sampled_from([np.float32, np.float16]), st.sampled_from([0, 0.1, 1]), seeds)
+def test_any_shape_in_the_cuda_simulator(patch, room, low, dtype, spread, seed):
     rng = np.random.default_rng(seed)
     with cuda_simulator():
         check_gather(rng, room, 2, patch, low, 2)
+        check_constant(rng, room, 2, patch, low, spread)
         check_blend(rng, [p + n for p, n in zip(patch, room, strict=True)], 2, patch, dtype, 2, 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import numpy as np
@@ -129,6 +130,8 @@ tiny = st.tuples(*[st.integers(1, 3)] * 3)
 def test_any_shape_in_the_cuda_simulator(shape, new, separate, round16, dtype, integers, seed):
     stack = logits(3, shape, seed, dtype, integers=integers)
     with cuda_simulator():
+        check(argmax.argmax, stack, ((1, 2, 3),), {}, seed)
+        check(argmax.paint, stack, ((1, 2, 3), 0.5), {}, seed)
         for function, args in ((argmax.resample_argmax, ((1, 2, 3),)), (argmax.resample_paint, ((1, 2, 3), 0.5))):
             check(function, stack, (new, *args), {"separate": separate, "round16": round16}, seed)
 
@@ -165,6 +168,17 @@ def test_probabilities_in_the_cuda_simulator(kind, round16):
     np.testing.assert_allclose(to_host(device), expected, rtol=0, atol=1e-6)
 
 
+@settings(max_examples=10)
+@given(st.integers(1, 4), tiny, st.sampled_from(("softmax", "sigmoid")), st.booleans(), st.booleans(), seeds)
+def test_any_probabilities_in_the_cuda_simulator(classes, shape, kind, round16, integers, seed):
+    stack = 30 * logits(classes, shape, seed, integers=integers)
+    expected, device = stack.copy(), on_device(stack, seed)
+    activation.activate(expected, kind, round16=round16)
+    with cuda_simulator():
+        activation.activate(device, kind, round16=round16)
+    np.testing.assert_allclose(to_host(device), expected, rtol=0, atol=1e-6)
+
+
 def test_every_float16_and_what_lies_between_is_rounded_as_numpy_does():
     halves = np.arange(0, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     middle = (halves[:-1] + halves[1:]) / 2
@@ -185,13 +199,23 @@ def test_every_float16_and_what_lies_between_is_rounded_as_numpy_does():
 @pytest.mark.parametrize("round16", [False, True])
 def test_class_by_class(simulator, round16):
     """A running best is argmax, ties to the first; painting in order is paint."""
-    stack = logits(4, (3, 4, 5), 0, integers=True)
+    check_class_by_class((3, 4, 5), 0, simulator, round16)
+
+
+@settings(max_examples=10)
+@given(tiny, st.booleans(), seeds)
+def test_any_shape_class_by_class_in_the_cuda_simulator(shape, round16, seed):
+    check_class_by_class(shape, seed, cuda_simulator, round16)
+
+
+def check_class_by_class(shape, seed, simulator, round16):
+    stack = logits(4, shape, seed, integers=True)
     stack[2] += np.float32(1e-4)  # below half a float16 step of numbers from 1 on
     rounded = stack.astype(np.float16) if round16 else stack
-    for device in ("cpu", "simulated"):
-        channels = [to_device(channel, device) for channel in stack]
-        best = to_device(stack[0].copy(), device)
-        labels, painted = (get_xp(best).zeros(best.shape, np.uint8) for _ in range(2))
+    for there in (np.array, functools.partial(on_device, seed=seed)):
+        channels = [there(channel) for channel in stack]
+        best = there(stack[0])
+        labels, painted = (there(np.zeros(shape, (np.uint8, np.uint16)[seed % 2])) for _ in range(2))
         with simulator():
             for value, channel in enumerate(channels):
                 activation.paint_over(channel, painted, value + 1, 0.5, round16=round16)

@@ -201,9 +201,12 @@ def test_labels_of_halves_and_doubles_tie_as_on_the_cpu(shape):
 
 @given(SHAPES, LABELS, SEEDS)
 def test_channels_of_a_cascade(shape, dtype, seed):
+    check_channels(shape, dtype, seed)
+
+
+def check_channels(shape, dtype, seed):
     labels, device = label_map(shape, seed, dtype)
-    inside = np.random.default_rng(seed).random(shape) < 0.6
-    mask = to_device(inside, "simulated")
+    inside, mask = scattered(np.random.default_rng(seed).random(shape) < 0.6, seed)
     united = inside | (labels != 0)
     np.testing.assert_array_equal(onehot.include(inside, labels), united)
     assert onehot.include(mask, device) is mask
@@ -253,8 +256,10 @@ def test_any_shape_in_the_cuda_simulator(shape, new, order, separate, order_z, d
     with cuda_simulator():
         result = resample.resize(device, new, **rule)
         resized = resample.resize_labels(labels_there, new, order=min(order, 1), separate=separate)
+        voted = resample.resize_labels_linear(labels_there, new, separate=separate)
     np.testing.assert_allclose(to_host(result), resample.resize(host, new, **rule), rtol=0, atol=TOLERANCE * np.abs(host).max())
     np.testing.assert_array_equal(to_host(resized), resample.resize_labels(labels, new, order=min(order, 1), separate=separate))
+    np.testing.assert_array_equal(to_host(voted), resample.resize_labels_linear(labels, new, separate=separate))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])
@@ -270,11 +275,8 @@ def test_labels_in_the_cuda_simulator(dtype):
         np.testing.assert_array_equal(to_host(result), resample.resize_labels_linear(host, new))
 
 
-def test_channels_in_the_cuda_simulator():
-    labels, device = label_map((2, 3, 4), 0, np.uint8)
-    mask, out = to_device(labels == 5, "simulated"), to_device(np.zeros((2, 2, 3, 4), np.float32), "simulated")
+@settings(max_examples=10)
+@given(tiny, st.sampled_from((np.uint8, np.uint16, np.int16)), SEEDS)
+def test_channels_in_the_cuda_simulator(shape, dtype, seed):
     with cuda_simulator():
-        marked = onehot.mark_outside(device, onehot.include(mask, device))
-        onehot.one_hot(marked, (1, 3), out)
-    np.testing.assert_array_equal(to_host(marked), np.where(labels, labels.astype(np.int16), -1))
-    np.testing.assert_array_equal(to_host(out), [labels == 1, labels == 3])
+        check_channels(shape, dtype, seed)

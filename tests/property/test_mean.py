@@ -70,6 +70,23 @@ def test_a_share_in_the_cuda_simulator(kind, round16):
         check_share(stack, (5, 4, 3), kind, None, round16, "simulated", 1)
 
 
+@settings(max_examples=8)
+@given(
+    st.integers(1, 3),
+    st.tuples(*[st.integers(1, 3)] * 3),
+    st.tuples(*[st.integers(1, 3)] * 3),
+    kinds,
+    st.sampled_from((None, 0, 1, 2)),
+    st.booleans(),
+    st.sampled_from((np.float32, np.float16)),
+    seeds,
+)
+def test_a_share_of_any_box_in_the_cuda_simulator(classes, shape, new, kind, separate, round16, dtype, seed):
+    stack = np.random.default_rng(seed).normal(0, 3, (classes, *shape)).astype(dtype)
+    with cuda_simulator():
+        check_share(stack, new, kind, separate, round16, "simulated", seed)
+
+
 def test_far_logits_are_no_nan():
     stack = np.array([[[[1e4, -1e4]]], [[[-1e4, -1e4]]]], np.float32)
     for kind, expected in (("softmax", [[1, 0.5], [0, 0.5]]), ("sigmoid", [[1, 0], [0, 0]])):

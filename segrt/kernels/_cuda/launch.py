@@ -38,7 +38,7 @@ config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
 Target = Literal["cuda", "loop"]
 
-_THREADS = 256
+_THREADS, _WARP = 256, 32
 _MOST_BLOCKS = 65535  # along y and z
 # threads that meet at a kernel's first launch crash numba-cuda, the whole process with it; Python lets one of them launch at a time anyway
 _ONE_AT_A_TIME = Lock()
@@ -182,7 +182,8 @@ def launch(kernel: ThreadKernel, shape: Shape3, *arguments: Any) -> None:
     if isinstance(first, Simulated) and not _simulate_cuda:
         kernel.loop(*shape, *(_for_loop(a) if isinstance(a, np.ndarray) else a for a in arguments))
         return
-    grid, block = _geometry(shape)
+    # the simulator has no warps, and runs a thread of Python for each of a block, idle or not
+    grid, block = _geometry(shape, 1 if isinstance(first, Simulated) else _WARP)
     if isinstance(first, Simulated):
         # in place: the simulator would copy what is not contiguous
         fake = cuda.devicearray.FakeCUDAArray
@@ -241,10 +242,10 @@ def recording() -> Iterator[list[Launch]]:
         _record = None
 
 
-def _geometry(shape: Shape3) -> tuple[Shape3, Shape3]:
+def _geometry(shape: Shape3, warp: int = _WARP) -> tuple[Shape3, Shape3]:
     """Blocks and threads, both (x, y, z): whole warps along x, the rest along y."""
     deep, high, wide = shape
-    x = 32
+    x = warp
     while x < min(wide, _THREADS):
         x *= 2
     y = 1
