@@ -25,12 +25,13 @@ class Compiled:
     doubles: bool
 
 
-def compiled(source: str, defines: Mapping[str, int], generation: int) -> dict[str, Compiled]:
-    """Every kernel of `src/<source>.cu`; skips where the CUDA packages are not installed."""
+def compiled(source: str, defines: Mapping[str, int], generation: int, *, kernel: str | None = None) -> dict[str, Compiled]:
+    """Every kernel of `src/<source>.cu`, or of the part of it that holds `kernel`; skips where the CUDA packages are not installed."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
     # a real architecture has NVRTC assemble as well, and its assembler tell of registers in the log
     options = [f"-arch=sm_{generation}", "-std=c++17", "-Xptxas=-v", *(f"-D{name}={value}" for name, value in defines.items())]
-    _, program = nvrtc.nvrtcCreateProgram(native.source_text(source).encode(), source.encode(), 0, [], [])
+    text = native.source_text(source)
+    _, program = nvrtc.nvrtcCreateProgram((text if kernel is None else part_of(text, kernel)).encode(), source.encode(), 0, [], [])
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
     assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, log
@@ -39,6 +40,12 @@ def compiled(source: str, defines: Mapping[str, int], generation: int) -> dict[s
     double, used = doubles(ptx), spills(log)
     assert double.keys() == used.keys()
     return {name: Compiled(used[name].spilled, bool(double[name])) for name in double}
+
+
+def part_of(code: str, kernel: str) -> str:
+    """What a kernel needs of a source that headings divide: what all parts share, and its own."""
+    shared, *parts = re.split(r"^(?=// -{10})", code, flags=re.MULTILINE)
+    return shared + next((part for part in parts if re.search(rf"\b{kernel}\(", part)), "")
 
 
 def _text(size: Any, get: Any, program: Any) -> str:

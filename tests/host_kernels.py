@@ -24,6 +24,7 @@ from zlib import crc32
 import numpy as np
 
 from segrt.kernels._cuda import native
+from tests.cuda_sources import part_of
 
 # a header of its own, compiled once for all: it takes longer than the kernels
 _LIBRARIES = """
@@ -159,7 +160,7 @@ class RawModule:
 
     def get_function(self, name: str) -> Callable[..., None]:
         """One kernel, to be called with grid, block, arguments and `shared_mem`: 0 says that no thread waits for another."""
-        library = _library(_part(self._code, name), self._defines)
+        library = _library(part_of(self._code, name), self._defines)
 
         def kernel(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared_mem: int = 1) -> None:
             arrays = [a for a in arguments if isinstance(a, np.ndarray)]
@@ -203,12 +204,6 @@ def _argument(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return ctypes.c_void_p(value.ctypes.data)
     return ctypes.c_void_p(value) if isinstance(value, int) else _TYPES[value.dtype.str[1:]](value)
-
-
-def _part(code: str, kernel: str) -> str:
-    """What a kernel needs of a source that headings divide: what all parts share, and its own."""
-    shared, *parts = re.split(r"^(?=// -{10})", code, flags=re.MULTILINE)
-    return shared + next((part for part in parts if re.search(rf"\b{kernel}\(", part)), "")
 
 
 @cache

@@ -13,12 +13,12 @@ from segrt.kernels._cuda import logits
 from segrt.kernels._spline import fractions
 from segrt.kernels.activation import largest_below
 from segrt.kernels.blend import blend_windows
-from tests.cuda_sources import GENERATIONS, compiled
-from tests.host_kernels import compiler, run_on_host
+from tests.cuda_sources import GENERATIONS, Compiled, compiled
+from tests.host_kernels import compiler, cuda_c_on_host, run_on_host
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
-sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(2, 12))
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12))
 halves = st.booleans()
 seeds = st.integers(0, 2**32 - 1)
 
@@ -48,7 +48,11 @@ def test_labels(classes, shape, half, integers, regions, seed):
     values = tuple(range(classes, 0, -1))
     table = device(np.asarray(values, np.int32))
     found = labels_of(lambda out: logits.label_call(device(host), table, regions, float(largest_below(0.6)), out), shape, seed % 2)
-    np.testing.assert_array_equal(found, argmax.paint(host, values, 0.6) if regions else argmax.argmax(host, values))
+    function, rest = (argmax.paint, (values, 0.6)) if regions else (argmax.argmax, (values,))
+    np.testing.assert_array_equal(found, function(host, *rest))
+    with cuda_c_on_host() as ran:
+        np.testing.assert_array_equal(to_host(function(device(host), *rest)), found)
+    assert ran == ["painted" if regions else "largest"]
 
 
 def test_labels_of_part_of_the_planes():
@@ -70,10 +74,17 @@ def test_labels_of_another_grid(classes, shape, new, separate, half, round16, in
     values = tuple(range(classes, 0, -1))
     rule = regions, float(largest_below(0.6)), round16
     table = device(np.asarray(values, np.int32))
+    if shape[2] == 1:
+        # it reads pairs of neighbours along x
+        assert logits.resampled_call(device(host), lower, fraction, table, rule, device(np.zeros(new, np.uint8))) is None
+        return
     found = labels_of(lambda out: logits.resampled_call(device(host), lower, fraction, table, rule, out), new, seed % 2)
     options = {"separate": separate, "round16": round16}
-    expected = argmax.resample_paint(host, new, values, 0.6, **options) if regions else argmax.resample_argmax(host, new, values, **options)
-    np.testing.assert_array_equal(found, expected)
+    function, rest = (argmax.resample_paint, (values, 0.6)) if regions else (argmax.resample_argmax, (values,))
+    np.testing.assert_array_equal(found, function(host, new, *rest, **options))
+    with cuda_c_on_host() as ran:
+        np.testing.assert_array_equal(to_host(function(device(host), new, *rest, **options)), found)
+    assert ran == ["painted_resampled" if regions else "largest_resampled"]
 
 
 def blended(acc, batch, entries, tables):
@@ -100,6 +111,11 @@ def test_blend(patch, room, classes, half, count, seed):
     blended(whole, batch, entries, tables)
     for entry in entries:
         blended(parts, batch, entry[None], tables)
+    through = device(start)
+    with cuda_c_on_host() as ran:
+        blend_windows(through, device(batch), entries, tables, 0.25)
+    assert ran == ["blend"]
+    np.testing.assert_array_equal(to_host(through), to_host(whole))
     # float32 sums of a few numbers near one, in the same order
     np.testing.assert_allclose(to_host(whole), expected, rtol=0, atol=2e-6)
     np.testing.assert_array_equal(to_host(parts), to_host(whole))
@@ -130,15 +146,29 @@ def test_labels_are_written_wherever_they_belong():
     assert to_host(image).astype(int).sum() == expected.astype(int).sum()
 
 
+CLEAN_LABELS = dict.fromkeys(("largest", "painted"), Compiled(0, False))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("half", [0, 1])
-@pytest.mark.parametrize("regions", [False, True])
-def test_the_source_compiles_without_spilling(generation, half, regions):
-    kernels = compiled("logits", {**logits.TUNING, "RY": logits.rows(regions), "HALF": half, "WIDE": 0, "VEC": 4 * (1 + half)}, generation)
-    resampled = {"largest_resampled", "painted_resampled"}
-    assert set(kernels) == {"blend", "largest", "painted", *resampled}
-    other = "largest_resampled" if regions else "painted_resampled"
-    assert {name: kernel.spilled for name, kernel in kernels.items() if name != other and kernel.spilled} == {}
-    # where two classes are nearly equal they are interpolated again, as the CPU does it
-    assert {name for name, kernel in kernels.items() if kernel.doubles} == resampled
+def test_the_source_compiles_without_spilling(generation, half):
+    common = {**logits.TUNING, "HALF": half, "WIDE": 0}
+    assert compiled("logits", {**common, "VEC": 4 * (1 + half)}, generation, kernel="largest") == CLEAN_LABELS
+    assert compiled("logits", common, generation, kernel="blend") == {"blend": Compiled(0, False)}
+    for wide in (0, 1) if generation == 90 else (0,):
+        for regions, kernel in ((False, "largest_resampled"), (True, "painted_resampled")):
+            found = compiled("logits", {**common, "WIDE": wide, "RY": logits.rows(regions)}, generation, kernel=kernel)
+            # where two classes are nearly equal they are interpolated again, as the CPU does it
+            assert found[kernel] == Compiled(0, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize(("half", "vector"), [(0, 1), (0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (1, 8)])
+def test_labels_compile_without_spilling_however_wide_their_loads(half, wide, vector):
+    # as many voxels as one load brings, and no fewer
+    host, out = np.zeros((2, 1, 1, vector), np.float16 if half else np.float32), np.zeros((1, 1, vector), np.uint16 if wide else np.uint8)
+    options = dict(logits.label_call(device(host), device(np.zeros(2, np.int32)), False, 0.0, device(out)).options)
+    assert (options["HALF"], options["WIDE"], options["VEC"]) == (half, wide, vector)
+    assert compiled("logits", options, 90, kernel="largest") == CLEAN_LABELS

@@ -12,7 +12,7 @@ from segrt.kernels import _spline, resample
 from segrt.kernels._cuda import splines
 from segrt.kernels._cuda.normalize import PLAIN
 from tests.cuda_sources import GENERATIONS, Compiled, compiled
-from tests.host_kernels import compiler, run_on_host
+from tests.host_kernels import compiler, cuda_c_on_host, run_on_host
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
@@ -26,17 +26,34 @@ def device(array):
     return to_device(array, "simulated")
 
 
+def laid_out(array, layout):
+    """On the device: whole, with gaps between rows and planes, or with these two turned, as a pass along z has them."""
+    if layout == "turned":
+        return device(array.transpose(1, 0, 2)).transpose(1, 0, 2)
+    return device(np.pad(array, 1))[1:-1, 1:-1, 1:-1] if layout == "gaps" else device(array)
+
+
 @settings(deadline=None, max_examples=60)
-@given(lengths, lengths, st.integers(1, 40), st.integers(1, 3), st.sampled_from([1, 2]), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_one_axis(size, new, other, planes, axis, integers, scaled, seed):
+@given(
+    lengths,
+    lengths,
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["whole", "gaps", "turned"]),
+    st.integers(0, 99),
+)
+def test_one_axis(size, new, other, planes, axis, integers, scaled, layout, seed):
     rng = np.random.default_rng(seed)
     shape = [planes, size, other] if axis == 1 else [planes, other, size]
     host = rng.integers(-1000, 1000, shape).astype(np.int16 if integers else np.float32)
     shape[axis] = new
-    out = device(np.full(shape, np.nan, np.float32))
+    there, out = laid_out(host, layout), laid_out(np.full(shape, np.nan, np.float32), layout)
     rows = np.stack([np.arange(planes), np.zeros(planes)], axis=1)
     bounds = device(np.array([[-np.inf], [np.inf]], np.float32))
-    call = splines.cubic_call(device(host), out, axis, bounds, (0, *AFFINE) if scaled else PLAIN, rows)
+    call = splines.cubic_call(there, out, axis, bounds, (0, *AFFINE) if scaled else PLAIN, rows)
     if call is None:
         assert new / size > 2
         return
@@ -44,6 +61,30 @@ def test_one_axis(size, new, other, planes, axis, integers, scaled, seed):
     read = (np.clip(host.astype(np.float32), *AFFINE[:2]) - AFFINE[2]) * AFFINE[3] if scaled else host.astype(np.float32)
     expected = resample.resize(read, tuple(shape), order=3, clip=False) if size != new else read
     np.testing.assert_allclose(to_host(out), expected, rtol=0, atol=TOLERANCE * max(1, np.abs(read).max()) * 2)
+
+
+orders = st.sampled_from([0, 1, 3])
+
+
+@settings(max_examples=60)
+@given(
+    triples,
+    triples,
+    orders,
+    st.sampled_from([None, 0, 1, 2]),
+    orders,
+    st.sampled_from([np.int16, np.float32, np.uint8]),
+    st.sampled_from(["whole", "gaps", "turned"]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_images_as_the_pipeline_resamples_them(shape, new, order, separate, order_z, dtype, layout, scaled, seed):
+    host = np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
+    rule = {"order": order, "separate": separate, "order_z": order_z, "affine": (10.0, 200.0, 82.0, 1.0) if scaled else None}
+    with cuda_c_on_host() as ran:
+        found = resample.resize(laid_out(host, layout), new, **rule)
+    assert ran or shape == new
+    np.testing.assert_allclose(to_host(found), resample.resize(host, new, **rule), rtol=0, atol=TOLERANCE * 256 * 2)
 
 
 def test_planes_are_picked_and_clipped_to_their_own_bounds():
@@ -80,17 +121,20 @@ def test_linear_and_nearest(shape, new, orders, integers, scaled, seed):
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 70, 40), (1, 1, 1)])
-def test_extremes(shape, dtype):
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("layout", ["whole", "gaps", "turned"])
+def test_extremes(shape, dtype, scaled, layout):
     host = np.random.default_rng(1).integers(-1000, 1000, shape).astype(dtype)
     if dtype == np.float32:
         host[0, 0, -1] = np.nan
-    found = splines.extremes_call(device(host), PLAIN)
+    found = splines.extremes_call(laid_out(host, layout), (0, *AFFINE) if scaled else PLAIN)
     assert found is not None
     call, partial = found
     run_on_host(call)
     folded = device(np.empty((2, shape[0]), np.float32))
     run_on_host(splines.fold_call(partial, folded))
     planes = host.reshape(shape[0], -1).astype(np.float32)
+    planes = (np.clip(planes, *AFFINE[:2]) - AFFINE[2]) * AFFINE[3] if scaled else planes
     np.testing.assert_array_equal(to_host(folded), [planes.min(axis=1), planes.max(axis=1)])
 
 
