@@ -95,7 +95,8 @@ def _device_plan(loads: Sequence[Load], grid: Grid, itemsize: int, probabilities
         # one network runs at a time, beside what the other one has made so far
         stages[stage] = tuple((what, (sum if what in _OF_EACH else max)(sizes[what] for sizes in held)) for what in held[0])
     mean = mean_bytes(loads[0].spec, grid) + sum(spread_bytes(load.spec, grid) for load in loads)
-    stages["network"] += (("mean", mean),)
+    for stage in ("network", "restore"):
+        stages[stage] += (("mean", mean),)
     return DevicePlan(stages, starts, batches)
 
 
@@ -115,9 +116,13 @@ def _device_stages(
     windows = ("windows", 4 * load.batch * patch * (spec.in_channels + 2 * spec.classes))
     logits = ("logits", logits_bytes(spec, working, starts, step=load.step))
     scores = ("probabilities", 4 * spec.classes * voxels if probabilities else 0)
+    # a class on its way to turned probabilities; or, where no kernel resamples in passing, the best so far, the next one, passes to it
+    in_passing = can_restore_by_slab(whole_placement(spec, grid), spec)
+    resized = ("class by class", (4 * voxels if probabilities else 0) if in_passing else 8 * voxels + between[1])
     components = ("components", 10 * voxels if spec.postprocess else 0)
     return {
         "preprocess": (image, copied, data, between, ("mask", (9 if masked else 0) * voxels)),
         "network": (data, windows, logits, labels, scores, ("engine", load.engine)),
+        "restore": (data, logits, labels, scores, resized),
         "postprocess": (labels, ("result", labels[1]), components),
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,27 @@ import pytest
 from factories import UNET_2D, UNET_3D, CountingEngine, make_bundle, make_spec, nearest, nearest_engine, unet_bundle, write_case
 
 from segrt.arrays import FloatArray
+from segrt.assemble import Flow, assemble
 from segrt.bundle import Bundle
-from segrt.device import to_device, to_host
-from segrt.device_plan import plan_device
+from segrt.device import Simulated, to_device, to_host
+from segrt.device_plan import _device_plan, plan_device
 from segrt.engines import Engine
 from segrt.engines.batches import gpu_batch
 from segrt.engines.compose import Hosted, Spread
+from segrt.engines.function import FunctionEngine
 from segrt.errors import BackendError
+from segrt.infer import infer
 from segrt.memory import available_bytes, case_bytes, engine_bytes, estimate
 from segrt.opened import OpenModel, run_models
 from segrt.phantom import make_phantom
+from segrt.postprocess import postprocess
+from segrt.preprocess import preprocess
 from segrt.slabs import Load, logits_bytes, starts_per_slab, whole_placement
-from segrt.spec import KeepLargest, ModelSpec, PreviousStage, Resampling, SpacingTarget, UNetSpec
-from segrt.volume import Grid
+from segrt.spec import Channel, KeepLargest, ModelSpec, PreviousStage, Resampling, SpacingTarget, UNetSpec, ZScoreNorm
+from segrt.volume import Grid, Volume
 from segrt.windows import Aggregator, plan_slabs, plan_windows
 
+ROOT = Path(__file__).resolve().parents[2]
 GRID = Grid((100, 200, 200), (5.0, 1.5, 1.5))
 SPEC = make_spec(values=range(16), patch=(32, 64, 64), target=SpacingTarget(spacing=(4.0, 2.5, 2.5)))
 
@@ -355,6 +363,105 @@ def test_the_bytes_of_slabs_are_those_the_aggregator_takes(starts: int, depth: i
     taken = Aggregator(5, plan, "uniform", slabs=slabs, like=np.empty(0)).logits.nbytes
     planned = logits_bytes(spec, (depth, 20, 8), starts)
     assert taken <= planned <= taken + 4 * 5 * 4 * 20 * 8
+
+
+class Held:
+    """The most bytes of arrays on the simulated device at once; an array counts until the last view of it is gone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.most = 0
+        self._owners: set[int] = set()
+
+        def made(array: Simulated, _: object) -> None:
+            owner: Any = array
+            while owner.base is not None:
+                owner = owner.base
+            if id(owner) not in self._owners:
+                self._owners.add(id(owner))
+                self.now += owner.nbytes
+                self.most = max(self.most, self.now)
+                weakref.finalize(owner, self._gone, id(owner), owner.nbytes)
+
+        monkeypatch.setattr(Simulated, "__array_finalize__", made)
+
+    def _gone(self, owner: int, size: int) -> None:
+        self._owners.remove(owner)
+        self.now -= size
+
+    def stage(self) -> int:
+        """The most since the last call."""
+        most, self.most = self.most, self.now
+        return most
+
+
+FINER = {"target": SpacingTarget(spacing=(2.0, 1.0, 1.1))}
+CASES = {
+    "spline, components": make_spec(values=range(5), postprocess=(KeepLargest(values=(1, 2)),), mirror_axes=(1,), **FINER),
+    "slices, turned": make_spec(patch=(1, 16, 16), transpose=(1, 0, 2), resample_image=Resampling(separate=True), **FINER),
+    "masked": make_spec(channels=(Channel(name="T1", normalization=ZScoreNorm(masked=True)),), values=(0, 1, 300), **FINER),
+    "cascade": make_spec(previous=PreviousStage(values=(1, 2)), resample_labels=Resampling(order=1, separate=False), **FINER),
+    "by class": make_spec(resample_logits=Resampling(order=3, separate=False), **FINER),
+}
+
+
+@pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("how", ["whole", "by slab", "probabilities"])
+def test_a_gpus_plan_holds_what_each_stage_takes(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec, how: str) -> None:
+    """Of a case of 24 x 30 x 28 voxels, in which tables and partial sums, which the plan leaves to its slack, are a few thousand bytes."""
+    grid = Grid((24, 30, 28), (3.0, 1.2, 1.5))
+    image = (1 + np.arange(24 * 30 * 28) % 89).reshape(1, *grid.shape).astype(np.int16)
+    previous = (image[0] % 3).astype(np.uint8) if spec.previous else None
+    model = opened(spec, Hosted(nearest_engine(range(spec.classes), batch=2), "simulated"))
+    plan = _device_plan([model.load], grid, 2, how == "probabilities", by_slab=how == "by slab")
+    held, taken = Held(monkeypatch), {}
+    there = Volume(to_device(image, "simulated"), grid)
+    data, placement = preprocess(there, spec, previous=previous)
+    taken["preprocess"] = held.stage()
+    del there
+    held.stage()
+    inferred = model.run(data, batch=plan.batches[0], starts_per_slab=plan.starts[0])
+    labels, _ = assemble([Flow(inferred, placement, spec)], probabilities=how == "probabilities")
+    taken["network"] = held.stage()
+    del inferred, data
+    gc.collect()
+    held.stage()
+    postprocess(labels, spec.postprocess, voxel_mm3=1.0)
+    taken["postprocess"] = held.stage()
+    planned = {stage: sum(size for _, size in parts) for stage, parts in plan.stages.items()}
+    planned["network"] = max(planned["network"], planned.pop("restore"))
+    for stage, most in taken.items():
+        assert most <= planned[stage] + 20_000, stage
+        assert planned[stage] <= 4 * most, stage
+
+
+def test_the_recorded_cases_kept_to_their_plans() -> None:
+    """The H200's own numbers, which count all that was in use there; weights and the driver's share are not of a case's plan."""
+    recorded = json.loads((ROOT / "benchmarks/results/gpu_nvidia-h200.json").read_text())
+    network = LARGE_UNET.model_copy(update={"out_channels": 16, "strides": ((1, 1, 1), (1, 2, 2), *((2, 2, 2),) * 4)})
+    steps = KeepLargest(values=(1,)), KeepLargest(values=(2,))
+    target = SpacingTarget(spacing=(2.0, 0.68, 0.68))
+    spec = make_spec(values=range(16), patch=(64, 160, 160), target=target, network=network, postprocess=steps)
+    for shape, peak in (
+        ((200, 512, 512), recorded["case"]["pytorch fp16"]["peak_device_bytes"]),
+        ((70, 160, 140), recorded["repeats"]["pytorch fp16"]["peak_device_bytes"]),
+    ):
+        plan = plan_device([replace(opened(spec).load, batch=4)], Grid(shape, (2.1, 0.72, 0.72)), 2, free=140 * 10**9)
+        assert peak <= plan.peak <= 2 * peak
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_117_classes_by_slab_are_those_of_the_whole(device: str) -> None:
+    spec = make_spec(values=range(117), patch=(4, 6, 6), target=SpacingTarget(spacing=(2.0, 1.0, 1.1)))
+    image = np.random.default_rng(0).integers(-50, 180, (1, 12, 9, 8)).astype(np.float32)
+    data, placement = preprocess(Volume(image, Grid(image.shape[1:], (2.5, 1.2, 1.1))), spec)
+    engine = FunctionEngine(nearest(range(117)), device=device)
+    labels = []
+    for starts in (None, 1, 2):
+        inferred = infer(to_device(data, device), [engine], spec, starts_per_slab=starts)
+        labels.append(to_host(assemble([Flow(inferred, placement, spec)], probabilities=False)[0]))
+    assert len(np.unique(labels[0])) > 60
+    np.testing.assert_array_equal(labels[1], labels[0])
+    np.testing.assert_array_equal(labels[2], labels[0])
 
 
 def test_members_that_keep_what_their_calls_took_are_added_up() -> None:
