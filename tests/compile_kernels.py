@@ -121,6 +121,8 @@ def resampling() -> None:
 
 
 def intensities() -> None:
+    for dtype, whole in product((np.int32, np.float64), (True, False)):
+        normalize.minmax(image(dtype, whole=whole)[0])
     for dtype, whole in product(IMAGES, (True, False)):
         channel = image(dtype, whole=whole)[0]
         normalize.clip_shift_scale(channel, 0, 50, 3, 2)
@@ -195,7 +197,7 @@ def launched(stages: Sequence[Callable[[], None]]) -> Launches:
 def idle() -> Iterator[None]:
     """Have launches do nothing, for their types are all that is wanted; but for what the host reads to decide what comes next."""
     loop: Any = vars(ThreadKernel)["loop"]
-    read = {"grow_box", "moments", "fold_moments", "plane_extremes", "fold_extremes"}
+    read = {"grow_box", "moments", "fold_moments", "plane_extremes", "fold_extremes", "wide_extremes", "fold_wide"}
     chosen = property(lambda kernel: loop.__get__(kernel, ThreadKernel) if kernel.name in read else lambda *_: None)
     with patch.object(ThreadKernel, "loop", chosen):
         yield

@@ -125,13 +125,15 @@ def minmax(array: Array) -> tuple[float, float]:
     """
     if array.size == 0:
         raise InputError("minmax: the array is empty")
-    # float32 does not hold every number of the wide types, which no scanner writes
-    if not on_device(array) or (array.dtype.itemsize > 2 and array.dtype != np.float32):
-        array = to_host(array)
+    if not on_device(array):
         return float(array.min()), float(array.max())
     from ._cuda import normalize as device
 
-    low, high = to_host(device.extremes(_volume(array), device.PLAIN))
+    if array.dtype.itemsize > 2 and array.dtype != np.float32:
+        ends = device.wide_extremes(_three_axes(array))
+    else:
+        ends = device.extremes(_volume(array), device.PLAIN)
+    low, high = to_host(ends)
     return float(low.min()), float(high.max())
 
 
@@ -150,8 +152,11 @@ def percentiles(array: Array, q: Sequence[float]) -> tuple[float, ...]:
 
 def _volume(array: Array) -> Array:
     """`array` as (Z, Y, X) in a dtype the loops are compiled for, itself where possible."""
-    native = array if array.dtype in NATIVE or array.dtype == bool else get_xp(array).asarray(array, np.float32)
-    return native if native.ndim == 3 else native.reshape(-1, 1, native.shape[-1] if native.ndim else 1)
+    return _three_axes(array if array.dtype in NATIVE or array.dtype == bool else get_xp(array).asarray(array, np.float32))
+
+
+def _three_axes(array: Array) -> Array:
+    return array if array.ndim == 3 else array.reshape(-1, 1, array.shape[-1] if array.ndim else 1)
 
 
 @njit(cache=True, nogil=True, parallel=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from segrt.device import on_device, to_device, to_host
 from segrt.errors import InputError
 from segrt.kernels import normalize
-from segrt.kernels._cuda.launch import cuda_simulator
+from segrt.kernels._cuda.launch import cuda_simulator, recording
 
 SIZES = st.integers(1, 11)
 SHAPES = st.one_of(st.tuples(SIZES), st.tuples(SIZES, SIZES), st.tuples(SIZES, SIZES, SIZES), st.tuples(SIZES, SIZES, SIZES, SIZES))
@@ -64,7 +64,9 @@ def test_numbers(shape, dtype, seed):
     if count:
         np.testing.assert_allclose((mean, std), (wide[mask].mean(), wide[mask].std()), **close)
         assert normalize.mean_std(device, mask_there) == (mean, std)
-    assert normalize.minmax(device) == normalize.minmax(host) == (host.min(), host.max())
+    with recording() as launches:
+        assert normalize.minmax(device) == normalize.minmax(host) == (host.min(), host.max())
+    assert launches
     if dtype != np.bool_:
         assert normalize.percentiles(device, (0.5, 50)) == normalize.percentiles(host, (0.5, 50))
 
@@ -82,6 +84,12 @@ def test_a_large_offset_does_not_cancel_the_variance():
     mean, std = normalize.mean_std(to_device(host, "simulated"))
     assert std == pytest.approx(host.std(dtype=float), rel=1e-9)
     assert mean == pytest.approx(host.mean(dtype=float), rel=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float64])
+def test_extremes_that_float32_does_not_hold(dtype):
+    host = np.arange(2**24 + 1, 2**24 + 121, dtype=dtype).reshape(4, 5, 6)
+    assert normalize.minmax(to_device(host, "simulated")) == (2**24 + 1, 2**24 + 120)
 
 
 @pytest.mark.parametrize("where", [(0, 0, 0), (1, 2, 3), (2, 4, 139)])

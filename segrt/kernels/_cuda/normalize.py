@@ -84,6 +84,44 @@ def extremes(array: Any, scalars: Scalars) -> Any:
     return fold_extremes(partial.reshape(2, -1, deep))
 
 
+def wide_extremes(array: Any) -> Any:
+    """Smallest and largest value of every plane, (2, Z) float64 on the device, for types of which float32 does not hold every number."""
+    xp, (deep, high, wide) = get_xp(array), array.shape
+    threads = deep, min(high, _HIGH), min(wide, _WIDE)
+    partial = xp.empty((2, *threads[1:], deep), np.float64)
+    launch(_wide_extremes, threads, array, partial)
+    folded = xp.empty((2, deep), np.float64)
+    launch(_fold_wide, (1, 1, deep), partial.reshape(2, -1, deep), folded)
+    return folded
+
+
+@thread_kernel(float64=True)
+def _wide_extremes(z, y, x, array, partial):  # type: ignore[no-untyped-def]
+    low = np.float64(array[z, y, x])
+    high = low
+    for i in range(x, array.shape[2], partial.shape[2]):
+        for j in range(y, array.shape[1], partial.shape[1]):
+            v = np.float64(array[z, j, i])
+            if v < low or v != v:
+                low = v
+            if v > high or v != v:
+                high = v
+    partial[0, y, x, z] = low
+    partial[1, y, x, z] = high
+
+
+@thread_kernel(float64=True)
+def _fold_wide(z, y, x, partial, folded):  # type: ignore[no-untyped-def]
+    low, high = partial[0, 0, x], partial[1, 0, x]
+    for n in range(partial.shape[1]):
+        a, b = partial[0, n, x], partial[1, n, x]
+        if a < low or a != a:
+            low = a
+        if b > high or b != b:
+            high = b
+    folded[0, x], folded[1, x] = low, high
+
+
 @thread_kernel()
 def _plane_extremes(z, y, x, array, plain, lower, upper, shift, factor, partial):  # type: ignore[no-untyped-def]
     low = read_value(array[z, y, x], plain, lower, upper, shift, factor)
