@@ -18,9 +18,21 @@ from segrt.bundle import Bundle
 from segrt.export.onnx import export_onnx
 from segrt.export.verify import compare, sample_windows
 from segrt.networks import build
-from segrt.spec import UNetSpec
+from segrt.spec import UNetPPSpec, UNetSpec, VNetSpec
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+# V-Net and UNet++ with few channels: what is between their convolutions is what they have and no U-Net has
+VNET = VNetSpec(in_channels=1, out_channels=3, width=1 / 8, dropout=0)
+UNETPP_3D = UNetPPSpec(
+    family="unetpp", dimensions=3, in_channels=1, out_channels=3, features=(4, 4, 4, 4, 4), level=2, deep_supervision=True
+)
+OTHER_FAMILIES: dict[str, VNetSpec | UNetPPSpec] = {
+    "vnet": VNET,
+    "vnet elu": VNET.model_copy(update={"elu": True}),
+    "unetpp": UNETPP_3D,
+    "unetpp 2d": UNETPP_3D.model_copy(update={"dimensions": 2}),
+    "unetpp 2d transposed": UNETPP_3D.model_copy(update={"dimensions": 2, "deep_supervision": False, "norm": "none", "up": "transposed"}),
+}
 
 
 class InstanceNormalization_TRT(OpRun):  # noqa: N801 - the plugin's name
@@ -36,8 +48,9 @@ class InstanceNormalization_TRT(OpRun):  # noqa: N801 - the plugin's name
         return ((np.where(y < 0, alpha * y, y) if relu else y).astype(x.dtype),)
 
 
-def random_bundle(folder: Path, network: UNetSpec) -> Bundle:
-    spec = make_spec(patch=(8, 16, 16) if network.dimensions == 3 else (1, 32, 32), network=network)
+def random_bundle(folder: Path, network: UNetSpec | VNetSpec | UNetPPSpec) -> Bundle:
+    deep = 16 if isinstance(network, VNetSpec) else 8
+    spec = make_spec(patch=(deep, 16, 16) if network.dimensions == 3 else (1, 32, 32), network=network)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         bundle = Bundle.create(folder, spec, weights={"0": build(network).state_dict()})
@@ -53,9 +66,10 @@ def element_types(model: Any) -> dict[str, int]:
 
 
 def node_types(model: Any) -> list[tuple[str, set[int]]]:
-    """(operator, the floating types among its inputs and outputs) of every node."""
+    """(operator, the floating types among its inputs and outputs) of every node; the factors of a Resize are float32 by definition."""
     kinds = element_types(model)
-    return [(n.op_type, {kinds[name] for name in (*n.input, *n.output) if name and kinds[name] in _FLOATS}) for n in model.graph.node]
+    values = [(n.op_type, (*n.input[: 1 if n.op_type == "Resize" else None], *n.output)) for n in model.graph.node]
+    return [(operator, {kinds[name] for name in names if name and kinds[name] in _FLOATS}) for operator, names in values]
 
 
 def as_stored(content: bytes, half: int) -> bytes:

@@ -1,7 +1,8 @@
 """A strongly typed ONNX file, as TensorRT 10 and 11 want it: the precision lies in the graph and every change of type is a Cast.
 
-Convolutions, activations and concatenations read and write 16 bits. Normalisation reads float32, has float32 parameters, computes its
-statistics in float32 and is rounded afterwards: in float16 the sum over a window's voxels overflows, and the masks come out black.
+Convolutions, activations, concatenations and enlargements read and write 16 bits. Normalisation reads float32, has float32 parameters,
+computes its statistics in float32 and is rounded afterwards: in float16 the sum over a window's voxels overflows, and the masks come out
+black.
 Operators nobody has looked at stay in float32, so a normalisation spelt out as means, differences and products does too.
 """
 
@@ -27,11 +28,13 @@ _LARGEST = {"fp16": "65504", "bf16": "3.39e38"}
 
 # reads and writes 16 bits; sums are kept in float32 by the hardware
 _HALF = {
-    *("Conv", "ConvTranspose", "LeakyRelu", "Relu", "PRelu", "Concat", "AveragePool", "MaxPool", "GlobalAveragePool"),
+    *("Conv", "ConvTranspose", "LeakyRelu", "Relu", "PRelu", "Elu", "Concat", "AveragePool", "MaxPool", "GlobalAveragePool", "Resize"),
     *("QuantizeLinear", "DequantizeLinear"),
 }
 # TensorRT has kernels for these in float16 and none in bfloat16
-_NOT_BF16 = {"ConvTranspose"}
+_NOT_BF16 = {"ConvTranspose", "Resize"}
+# how many inputs are values; those after them are float32 by definition, such as the factors an image is enlarged by
+_VALUES = {"Resize": 1}
 # float32 inside, rounded to 16 bits on the way out
 _NORMS = {"InstanceNormalization", "BatchNormalization", "GroupNormalization", "LayerNormalization"}
 # 16 bits when all they read already is
@@ -98,6 +101,7 @@ class _Typing:
         _hoist_constants(onnx, model)
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.kinds = _element_types(onnx, model, where)
+        self.images = {value.name for value in self.graph.input}
         self.nodes: list[Any] = []
         self.kept: dict[str, Any] = {}
         self.casts: dict[tuple[str, int], str] = {}
@@ -119,7 +123,9 @@ class _Typing:
 
     def _node(self, node: Any, outputs: dict[str, Any]) -> None:
         kind = self._compute(node)
-        node.input[:] = [self._as(name, kind) if self._is_float(name) else self._keep(name) for name in node.input]
+        values = node.input[: _VALUES.get(node.op_type)]
+        typed = [self._as(name, kind) if self._is_float(name) else self._keep(name) for name in values]
+        node.input[:] = typed + [self._keep(name) for name in node.input[len(values) :]]
         written = self.half if node.op_type in _NORMS | _HALF else kind
         tail = []
         for i, name in enumerate(node.output):
@@ -136,8 +142,12 @@ class _Typing:
         """The type a node computes in."""
         if node.op_type in _HALF and not (self.suffix == "bf16" and node.op_type in _NOT_BF16):
             return int(self.half)
-        read = {self.kinds[name] for name in node.input if self._is_float(name) and name not in self.constants}
+        read = {self._at_hand(name) for name in node.input if self._is_float(name) and name not in self.constants}
         return int(self.half if node.op_type in _FOLLOWERS and read == {self.half} else self.full)
+
+    def _at_hand(self, name: str) -> int:
+        """The type a value can be had in: that of an image which a convolution reads in 16 bits is both."""
+        return int(self.half if name in self.images and (name, self.half) in self.casts else self.kinds[name])
 
     def _is_float(self, name: str) -> bool:
         return bool(name) and self.kinds[name] in (self.full, self.half)

@@ -24,7 +24,7 @@ import pytest
 import torch
 from factories import UNET_2D, UNET_3D, make_spec
 from onnx import TensorProto, helper, numpy_helper
-from typed_models import random_bundle
+from typed_models import OTHER_FAMILIES, random_bundle
 
 from segrt.bundle import Bundle
 from segrt.export.onnx import export_onnx
@@ -37,6 +37,7 @@ NETWORKS = {
     "plain": UNET_3D.model_copy(update={"blocks": (2, 2)}),
     "residual": UNET_3D.model_copy(update={"family": "residual_unet", "blocks": (1, 2)}),
     "2d": UNET_2D.model_copy(update={"blocks": (2, 2)}),
+    **OTHER_FAMILIES,
 }
 # what nnU-Net plans for abdominal CT of 16 classes
 LARGE = UNetSpec(
@@ -97,9 +98,12 @@ def jobs_of(bundle: Bundle, folder: Path, **options: Any) -> list[dict[str, Any]
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_every_precision_is_parsed_and_built(builder: Run, tmp_path: Path, name: str) -> None:
     bundle = random_bundle(tmp_path / "bundle", NETWORKS[name])
-    for answer in builder(*jobs_of(bundle, tmp_path)):
+    for answer, half in zip(builder(*jobs_of(bundle, tmp_path)), ("FLOAT", "HALF", "BF16", "HALF"), strict=True):
         assert "error" not in answer
         assert answer["bytes"] > 1000
+        expected = {"ACTIVATION": half, "PARAMETRIC_RELU": half, "RESIZE": "FLOAT" if half == "BF16" else half}
+        for layer, kinds in answer["layers"]:
+            assert layer not in expected or kinds == [expected[layer]], layer
 
 
 def kinds_of(answer: dict[str, Any], *layers: str) -> list[list[str]]:

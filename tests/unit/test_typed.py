@@ -11,7 +11,7 @@ import onnx
 import pytest
 from factories import UNET_2D, UNET_3D
 from onnx import TensorProto, helper, numpy_helper
-from typed_models import as_stored, held_against, node_types, random_bundle, run, windows_of
+from typed_models import OTHER_FAMILIES, as_stored, held_against, node_types, random_bundle, run, windows_of
 
 from segrt.arrays import Array
 from segrt.bundle import Bundle
@@ -22,7 +22,9 @@ from segrt.export.typed import typed_onnx
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "bundle"
-IN_HALF = {"Conv", "ConvTranspose", "LeakyRelu", "Relu", "Concat", "Add", "AveragePool"}
+IN_HALF = {"Conv", "ConvTranspose", "LeakyRelu", "Relu", "PRelu", "Elu", "Concat", "Add", "AveragePool", "MaxPool", "Resize"}
+# TensorRT has no bfloat16 for these
+NOT_BF16 = {"ConvTranspose", "Resize"}
 NETWORKS = {
     "plain": UNET_3D,
     "residual": UNET_3D.model_copy(update={"family": "residual_unet", "blocks": (1, 2)}),
@@ -30,6 +32,7 @@ NETWORKS = {
     "relu": UNET_3D.model_copy(update={"nonlinearity": "relu"}),
     "batch": UNET_3D.model_copy(update={"norm": "batch"}),
     "none": UNET_3D.model_copy(update={"norm": "none"}),
+    **OTHER_FAMILIES,
 }
 
 
@@ -45,6 +48,8 @@ def test_every_node_has_one_type(bundle: Bundle) -> None:
     for operator, kinds in operators:
         if operator != "Cast":
             assert kinds == ({HALF} if operator in IN_HALF else {FLOAT}), operator
+    if IN_HALF.issuperset(operator for operator, _ in operators if operator != "Cast"):
+        assert [operator for operator, _ in operators].count("Cast") == 2, "the image's and the logits'"
     before = [node.op_type for node in onnx.load(bundle.onnx_path("0")).graph.node]
     assert [operator for operator, _ in operators if operator != "Cast"] == before
 
@@ -82,13 +87,12 @@ def test_inputs_and_outputs_may_be_16_bits(bundle: Bundle) -> None:
     assert np.array_equal(logits, run(typed_onnx(bundle.onnx_path("0"), "fp16"), patches.astype(np.float32)).astype(np.float16))
 
 
-def test_bfloat16_leaves_transposed_convolutions_in_float32(bundle: Bundle) -> None:
-    """TensorRT's builder has no bfloat16 kernel for them."""
+def test_bfloat16_leaves_in_float32_what_tensorrt_has_no_kernels_for(bundle: Bundle) -> None:
     typed = onnx.load_model_from_string(typed_onnx(bundle.onnx_path("0"), "bf16"))
     assert typed.opset_import[0].version == 22
     for operator, kinds in node_types(typed):
         if operator != "Cast":
-            assert kinds == ({BF16} if operator in IN_HALF - {"ConvTranspose"} else {FLOAT}), operator
+            assert kinds == ({BF16} if operator in IN_HALF - NOT_BF16 else {FLOAT}), operator
 
 
 # ------------------------------------------------------------------ other graphs
