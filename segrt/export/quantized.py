@@ -40,7 +40,7 @@ def quantized_onnx(source: Path, windows: FloatArray) -> bytes:
     window = tuple(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim)[1:]
     if windows.shape[1:] != window or not len(windows):
         raise BuildError(f"{source}: expected windows (n, {', '.join(map(str, window))}), got {windows.shape}")
-    chosen = [node.name for node in model.graph.node if node.op_type == "Conv" and _is_inner(model.graph, node)]
+    chosen = _inner_convolutions(model.graph)
     if not chosen:
         raise BuildError(f"{source}: has no convolution between its first and its last one that could be quantised; use another precision")
     with TemporaryDirectory(prefix="segrt-") as temporary:
@@ -126,10 +126,19 @@ def _drop_vanishing_weights(numpy_helper: Any, graph: Any) -> None:
         tensors[node.input[1]].CopyFrom(numpy_helper.from_array(np.maximum(scale, _LEAST_SCALE), node.input[1]))
 
 
-def _is_inner(graph: Any, node: Any) -> bool:
-    """Whether a convolution neither reads the image nor writes the logits."""
-    ends = {value.name for value in (*graph.input, *graph.output)}
-    return ends.isdisjoint({node.input[0], node.output[0]})
+def _inner_convolutions(graph: Any) -> list[str]:
+    """Names of the convolutions that neither read the image nor write logits, which are the answer or have their mean taken for it."""
+    maker = {name: node for node in graph.node for name in node.output}
+    image, last, before = graph.input[0].name, set(), [value.name for value in graph.output]
+    while before:
+        node = maker.pop(before.pop(), None)
+        if node is None:
+            continue
+        if node.op_type in ("Conv", "ConvTranspose"):
+            last.add(node.name)
+        else:
+            before += node.input
+    return [node.name for node in graph.node if node.op_type == "Conv" and node.input[0] != image and node.name not in last]
 
 
 def _reader(quantization: Any, name: str, windows: FloatArray) -> Any:
