@@ -21,6 +21,7 @@ import onnxruntime
 import pytest
 import torch
 from factories import UNET_2D, UNET_3D, unet_bundle
+from typed_models import OTHER_FAMILIES
 
 from segrt.arrays import FloatArray, require
 from segrt.bundle import Bundle
@@ -36,7 +37,6 @@ from segrt.export.onnx import export_onnx
 from segrt.export.typed import typed_onnx, write_typed
 from segrt.files import sha256
 from segrt.networks import build
-from segrt.spec import UNetPPSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("openvino", "onnxruntime", "pytorch")
@@ -189,16 +189,17 @@ def test_torch_compile_is_switched_on_by_the_environment_of_a_command(bundle: Bu
     assert open_engine(bundle, "0", backend="pytorch").name == "pytorch, cpu, fp32", "not where it is the reference"
 
 
-@pytest.mark.parametrize("dimensions", [2, 3])
-def test_channels_are_last_where_no_instance_normalisation_turns_them(dimensions: int) -> None:
-    network = build(UNetPPSpec(family="unetpp", dimensions=dimensions, in_channels=1, out_channels=3, features=(4,) * 5, level=2))
+@pytest.mark.parametrize("name", ["unetpp", "unetpp 2d", "vnet", "vnet elu"])
+def test_channels_are_last_where_no_instance_normalisation_turns_them(name: str) -> None:
+    spec = OTHER_FAMILIES[name]
+    dimensions, network = spec.dimensions, build(spec)
     plain = deepcopy(network)
     engine = TorchEngine(network, classes=3, dimensions=dimensions, batch=2, device="simulated")
     last = torch.channels_last if dimensions == 2 else torch.channels_last_3d
     kernels = [p for p in network.parameters() if p.ndim == dimensions + 2]
     assert kernels
     assert all(p.is_contiguous(memory_format=last) for p in kernels)
-    patches = np.random.default_rng(0).normal(size=(3, 1, 8 if dimensions == 3 else 1, 16, 16)).astype(np.float32)
+    patches = np.random.default_rng(0).normal(size=(3, 1, 16 if dimensions == 3 else 1, 16, 16)).astype(np.float32)
     expected = TorchEngine(plain, classes=3, dimensions=dimensions)(patches)
     logits = engine(simulated(patches))
     assert logits.flags.c_contiguous
