@@ -173,10 +173,13 @@ class _Loop:
         while first < len(entries):
             part = entries[first : first + most].copy()
             part[:, 9] = np.arange(len(part))
+            batch = engine.batch
             try:
                 with at_most(engine, self._batch):
                     logits = engine(gather_windows(self._data, part, self.plan.patch, self.plan.low))
             except MemoryError as err:
+                if len(part) == 1 and engine.batch < batch:
+                    continue  # it fills a call up to its batch, which is smaller now
                 most = self._most[id(engine)] = _fewer(engine, len(part), err)
                 continue
             yield part, logits

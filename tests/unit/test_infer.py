@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from segrt.arrays import Array, FloatArray, Shape3
 from segrt.device import to_device, to_host
+from segrt.engines.batches import smaller_batch_after_memory_error
 from segrt.engines.compose import Mirrored
 from segrt.engines.function import FunctionEngine
 from segrt.errors import BackendError
@@ -245,6 +246,32 @@ def test_a_window_that_does_not_fit_is_a_sentence() -> None:
         run(to_device(noise((8, 8, 8)), "simulated"), [FunctionEngine(never, batch=4, device="simulated")], make_spec(**IDENTITY))
     with pytest.raises(MemoryError):
         run(noise((8, 8, 8)), [FunctionEngine(never, batch=4)], make_spec(**IDENTITY))
+
+
+class FillsUp(FunctionEngine):
+    """Computes its batch whatever the call holds, as engines of a GPU do; more than `most` windows at once do not fit."""
+
+    def __init__(self, most: int, batch: int) -> None:
+        super().__init__(same, batch=batch, device="simulated")
+        self.most = most
+
+    def __call__(self, patches: FloatArray) -> FloatArray:
+        with smaller_batch_after_memory_error(self):
+            if self.batch > self.most:
+                raise MemoryError("out of memory")
+            return super().__call__(patches)
+
+
+@pytest.mark.parametrize("batch", [None, 8, 1])
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_fewer_windows_than_the_engines_batch_are_no_reason_to_give_up(batch: int | None, windows: int) -> None:
+    data, spec = noise((8, 8, 8 + 4 * (windows - 1))), make_spec(**IDENTITY)
+    engine = FillsUp(most=1, batch=16)
+    found = run(to_device(data, "simulated"), [engine], spec, batch=batch)
+    assert found.windows == windows
+    assert np.allclose(to_host(found.logits), data, atol=1e-5)
+    with pytest.raises(BackendError, match="memory of simulated does not hold one window"):
+        run(to_device(data, "simulated"), [FillsUp(most=0, batch=16)], spec, batch=batch)
 
 
 def test_logits_of_a_batch_are_gone_before_the_next_are_made() -> None:
