@@ -11,8 +11,7 @@ import numpy as np
 
 from .arrays import Array, FloatArray, ProgressFn
 from .engines import Engine
-from .engines.batches import at_most
-from .errors import BackendError
+from .engines.batches import at_most, too_large
 from .kernels.blend import constant_windows, gather_windows
 from .spec import ModelSpec
 from .windows import Accumulate, Aggregator, HalfAggregator, Planes, Slab, WindowPlan, plan_slabs, plan_windows
@@ -207,8 +206,7 @@ def _fewer(engine: Engine, count: int, err: MemoryError) -> int:
     if count == 1 and engine.device == "cpu":
         raise err
     if count == 1:
-        reason = " ".join(str(err).split()) or "allocation failed"
-        raise BackendError(f"{engine.name}: the memory of {engine.device} does not hold one window ({reason}); free some of it") from err
+        raise too_large(engine, err) from err
     logger.warning(
         "%s: %d windows at once do not fit into the memory of %s; going on with %d", engine.name, count, engine.device, count // 2
     )

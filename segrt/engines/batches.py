@@ -13,6 +13,7 @@ import numpy as np
 
 from ..arrays import Array, Shape3
 from ..device import get_xp, give_back, memory_errors
+from ..errors import BackendError
 from . import Engine
 
 # what cuDNN says when none of its algorithms finds room
@@ -130,6 +131,12 @@ def smaller_batch_after_memory_error(engine: Engine) -> Iterator[None]:
         engine.batch = max(1, engine.batch // 2)
         give_back(engine.device)
         raise
+
+
+def too_large(engine: Engine, err: MemoryError) -> BackendError:
+    """What to raise when not even one window fits into the memory of an engine's device."""
+    reason = " ".join(str(err).split()) or "allocation failed"
+    return BackendError(f"{engine.name}: the memory of {engine.device} does not hold one window ({reason}); free some of it")
 
 
 @contextmanager

@@ -176,7 +176,10 @@ def _build_tensorrt(request: _Request, device: str, tensorrt: TensorRTOptions) -
         return {"onnx_sha256": sha256(bundle.onnx_path(member)), "sha256": sha256(plan)}
 
     def opened(member: str, folder: Path) -> Engine:
-        return open_plan(folder / f"{member}.plan", device=device, precision=precision, compatible=options.compatible)
+        try:
+            return open_plan(folder / f"{member}.plan", device=device, precision=precision, compatible=options.compatible)
+        except MemoryError as err:
+            raise BuildError(f"the memory of {device} does not hold the plan of member {member!r}: {err}; free some of it") from err
 
     def described(records: dict[str, dict[str, Any]], verified: bool) -> dict[str, Any]:
         record = make_record(machine, precision, options.batch, records, compatible=options.compatible, verified=verified)

@@ -17,6 +17,7 @@ from ..arrays import Array, FloatArray, Spacing3
 from ..bundle import Bundle
 from ..device import to_device, to_host, use_device
 from ..engines import Engine, Precision, open_engine
+from ..engines.batches import too_large
 from ..errors import BuildError
 from ..io import read_volume
 from ..kernels.argmax import argmax, paint
@@ -141,6 +142,8 @@ def verify(engine: Engine, bundle: Bundle, member: str, precision: Precision, *,
     ------
     BuildError
         When there is neither torch with weights nor a stored reference.
+    BackendError
+        When not even one window fits into the memory of the engine's device.
     """
     if windows is not None and can_run_reference(bundle):
         source = "torch fp32"
@@ -178,8 +181,21 @@ def stored_reference(bundle: Bundle, member: str) -> tuple[FloatArray, FloatArra
 
 def _run(engine: Engine, windows: FloatArray) -> FloatArray:
     with use_device(engine.device):
-        answers = [to_host(engine(to_device(np.ascontiguousarray(window[None]), engine.device))) for window in windows]
+        answers = [to_host(_answer(engine, to_device(np.ascontiguousarray(window[None]), engine.device))) for window in windows]
     return np.concatenate(answers).astype(np.float32, copy=False)
+
+
+def _answer(engine: Engine, patches: Array) -> Array:
+    """An engine's logits, with fewer windows at once where its device's memory does not hold the batch it would like."""
+    while True:
+        batch = engine.batch
+        try:
+            return engine(patches)
+        except MemoryError as err:
+            if engine.batch < batch:
+                logger.warning("%s: %d windows at once do not fit into the memory of %s", engine.name, batch, engine.device)
+                continue
+            raise too_large(engine, err) from err
 
 
 def _labels(logits: FloatArray, spec: ModelSpec) -> Array:
