@@ -56,6 +56,14 @@ class ndarray(np.ndarray):  # noqa: N801 - CuPy's name
     def plain(self) -> Any:
         return self.view(np.ndarray)
 
+    def reshape(self, *shape: Any) -> Any:  # type: ignore[override]
+        made = super().reshape(*shape)
+        if not self.size or np.may_share_memory(made.plain, self.plain):
+            return made
+        copied = self.gpu.empty(self.shape, self.dtype)
+        copied[...] = self
+        return copied.reshape(*shape)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         assert not isinstance(value, np.ndarray) or isinstance(value, ndarray), "CuPy copies nothing of the host's by an assignment"
         target, source = self.plain[key], value.plain if isinstance(value, ndarray) else value
