@@ -21,6 +21,7 @@ import onnxruntime
 import pytest
 import torch
 from factories import UNET_2D, UNET_3D, unet_bundle
+from gpu_stand_in import instead_of_cupy
 from typed_models import OTHER_FAMILIES
 
 from segrt.arrays import FloatArray, require
@@ -502,6 +503,30 @@ def test_an_onnxruntime_for_the_cpu_is_refused() -> None:
         check_cuda_provider(onnxruntime)
 
 
+class FallsBack(onnxruntime.InferenceSession):
+    """A session as ONNX Runtime makes it when CUDA's provider was asked for and its library does not load: on the CPU, without a word."""
+
+    def __init__(self, path: str, options: Any, *, providers: Any, enable_fallback: int) -> None:
+        assert [name for name, _ in providers] == ["CUDAExecutionProvider"], "and nothing to fall back to"
+        assert enable_fallback == 0
+        plain = onnxruntime.SessionOptions()
+        plain.log_severity_level = options.log_severity_level
+        super().__init__(path, plain, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_cuda_provider_that_does_not_load_is_refused(copy: Bundle, monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    """Left alone the network would run on the CPU, many times slower."""
+    write_typed(copy, "0")
+    instead_of_cupy(monkeypatch)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FallsBack)
+    words = r"^ONNX Runtime's CUDA provider did not load \(CPUExecutionProvider did\); check CUDA 13 and cuDNN 9$"
+    with pytest.raises(BackendError, match=words):
+        open_engine(copy, "0", backend="onnxruntime", precision=precision, device="cuda")
+
+
 @pytest.mark.parametrize(
     ("backend", "precision", "sentence"),
     [
@@ -523,6 +548,51 @@ def test_the_rtx_plugin_says_what_it_lacks() -> None:
     """Without the wheel, its name; with it but without a driver, what does not load."""
     with pytest.raises(BackendError, match=r"pip install onnxruntime-ep-nv-tensorrt-rtx-cu13|does not load: .*NVIDIA driver for CUDA 13"):
         rtx.register(onnxruntime)
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The plugin's package, whose provider is called "rtx"."""
+    monkeypatch.setitem(sys.modules, rtx._PLUGIN, SimpleNamespace(get_ep_name=lambda: "rtx", get_library_path=lambda: "/librtx.so"))
+
+
+class Runtime:
+    """ONNX Runtime as far as plugins go: `known` providers, and what it says when one is loaded."""
+
+    __version__ = "1.32.0"
+
+    def __init__(self, known: tuple[str, ...] = (), says: str = "") -> None:
+        self.known, self.says, self.loaded = list(known), says, []
+
+    def get_ep_devices(self) -> list[Any]:
+        return [rtx_device(name) for name in self.known]
+
+    def register_execution_provider_library(self, name: str, path: str) -> None:
+        self.loaded.append((name, path))
+        if self.says:
+            raise require("onnxruntime.capi.onnxruntime_pybind11_state", extra="ort").Fail(self.says)
+        self.known.append(name)
+
+
+def test_the_rtx_plugin_is_loaded_once(plugin: None) -> None:
+    runtime = Runtime(known=("CPUExecutionProvider",))
+    assert [rtx.register(runtime) for _ in range(3)] == ["rtx"] * 3
+    assert runtime.loaded == [("rtx", "/librtx.so")]
+
+
+def test_a_plugin_that_is_registered_and_found_no_gpu_is_no_error(plugin: None) -> None:
+    """The list of devices does not show it, and loading it again fails; that it serves no GPU is said when one is asked for."""
+    assert rtx.register(Runtime(says="[ONNXRuntimeError] : 1 : FAIL : library rtx is already registered")) == "rtx"
+
+
+def test_a_plugin_that_does_not_load_is_a_sentence(plugin: None) -> None:
+    with pytest.raises(BackendError, match=r"^onnxruntime-ep-nv-tensorrt-rtx-cu13 does not load: libcuda\.so\.1: .* an NVIDIA driver"):
+        rtx.register(Runtime(says="libcuda.so.1:\n cannot open shared object file"))
+
+
+def test_an_onnxruntime_without_plugins_is_a_sentence(plugin: None) -> None:
+    with pytest.raises(BackendError, match=r"^onnxruntime 1\.20\.1 cannot load plugins; install 1\.24 or newer$"):
+        rtx.register(SimpleNamespace(__version__="1.20.1"))
 
 
 def rtx_device(name: str, **told: str) -> Any:
