@@ -2,7 +2,7 @@
 
 python trt_jobs.py JOBS.json, a list of {"onnx": file, "precision": ..., "batch": n, ...}, or of {"bundle": folder, ...} with
 "windows": file.npy for int8. Every job answers with "bytes" and "seconds" of its plan and the layers TensorRT saw, or with "error".
-{"names": [...]} is answered with those that TensorRT's bindings lack.
+{"names": [...]} is answered with those that TensorRT's bindings lack, {"configured": options} with what a builder's configuration holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from segrt.bundle import Bundle  # noqa: E402
 from segrt.engines import trt_api  # noqa: E402
 from segrt.engines.trt import deserialize  # noqa: E402
 from segrt.errors import SegrtError  # noqa: E402
-from segrt.export.tensorrt import TensorRTOptions, build_plan, member_model, parse  # noqa: E402
+from segrt.export.tensorrt import TensorRTOptions, _configure, build_plan, member_model, parse  # noqa: E402
 
 
 def model_of(job: dict[str, Any]) -> bytes:
@@ -53,9 +53,24 @@ def missing(names: list[str]) -> list[str]:
     return [name for name in names if not hasattr(getattr(trt_api.load(), name.split(".")[0]), name.split(".")[1])]
 
 
+def configured(options: dict[str, Any]) -> dict[str, Any]:
+    """What TensorRT's own configuration holds of options."""
+    trt = trt_api.load()
+    log = trt_api.make_logger(trt)
+    builder = trt.Builder(log)
+    config = builder.create_builder_config()
+    _configure(trt, config, TensorRTOptions(**options))
+    return {
+        "flags": [flag for flag in ("TF32", "VERSION_COMPATIBLE") if config.get_flag(getattr(trt.BuilderFlag, flag))],
+        "workspace": config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE),
+    }
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     if "names" in job:
         return {"missing": missing(job["names"])}
+    if "configured" in job:
+        return configured(job["configured"])
     cache = Path(job["cache"]) if "cache" in job else None
     options = TensorRTOptions(job.get("batch", 8), job.get("workspace", 0), job.get("compatible", False), cache)
     try:

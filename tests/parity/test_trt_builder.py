@@ -141,6 +141,13 @@ def test_options_reach_the_builder(builder: Run, tmp_path: Path) -> None:
     assert "lean" in compatible["error"]
 
 
+def test_a_configuration_holds_what_was_asked_for(builder: Run) -> None:
+    """All but the level of compatibility, which TensorRT-RTX has its own way to set and leaves as it was."""
+    plain, asked = builder({"configured": {}}, {"configured": {"workspace_bytes": 2**28, "compatible": True}})
+    assert plain["flags"] == []
+    assert asked == {"flags": ["VERSION_COMPATIBLE"], "workspace": 2**28}
+
+
 def write_noise(path: Path) -> Path:
     path.write_bytes(bytes(range(256)))
     return path
@@ -163,14 +170,16 @@ def test_what_only_a_gpu_can_run_has_its_names(builder: Run) -> None:
         "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
         "ExecutionContextAllocationStrategy": "USER_MANAGED",
         "TensorIOMode": "INPUT",
+        "IBuilderConfig": "hardware_compatibility_level",
+        "HardwareCompatibilityLevel": "AMPERE_PLUS",
     }
     (answer,) = builder({"names": [f"{owner}.{name}" for owner, listed in names.items() for name in listed.split()]})
     assert answer["missing"] == []
 
 
 # ------------------------------------------------------------------ refusals
-def write_model(path: Path, nodes: list[Any], tensors: dict[str, Any]) -> Path:
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2, 4, 4]) for name in ("x", "y")]
+def write_model(path: Path, nodes: list[Any], tensors: dict[str, Any], outputs: tuple[str, ...] = ("y",)) -> Path:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2, 4, 4]) for name in ("x", *outputs)]
     weights = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
     graph = helper.make_graph(nodes, "by hand", values[:1], values[1:], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
@@ -182,13 +191,16 @@ def test_what_the_parser_or_builder_refuses_is_in_the_sentence(builder: Run, tmp
     mixed = write_model(tmp_path / "mixed.onnx", [helper.make_node("Add", ["x", "h"], ["y"], name="sum")], half)
     unknown = write_model(tmp_path / "unknown.onnx", [helper.make_node("Frobnicate", ["x"], ["y"], name="strange")], {})
     noise = write_noise(tmp_path / "noise.onnx")
-    answers = builder(*({"onnx": str(path), "precision": "fp16"} for path in (mixed, unknown, noise)))
+    nodes = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Abs", ["x"], ["z"])]
+    two = write_model(tmp_path / "two.onnx", nodes, {}, outputs=("y", "z"))
+    answers = builder(*({"onnx": str(path), "precision": "fp16"} for path in (mixed, unknown, noise, two)))
     for answer in answers:
         assert answer["error"].startswith("BuildError: TensorRT ")
     assert "sum" in answers[0]["error"]
     assert "Half" in answers[0]["error"]
     assert "Float" in answers[0]["error"]
     assert "node strange (Frobnicate)" in answers[1]["error"]
+    assert "found 1 inputs and 2 outputs" in answers[3]["error"]
 
 
 # ------------------------------------------------------------------ full size
