@@ -38,6 +38,10 @@ def build(
     batch: Annotated[int, typer.Option(min=0, help="TensorRT: windows per call; 0 means as many as keep a large GPU busy.")] = 0,
     workspace_gb: Annotated[float, typer.Option(min=0, max=1e6, help="TensorRT: memory a layer may ask for; 0 means all.")] = 0,
     compatible: Annotated[bool, typer.Option("--compatible", help="TensorRT: for other GPUs from Ampere on and later versions.")] = False,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="TensorRT: file that remembers measured kernels; engines/timing.cache in the bundle by default."),
+    ] = None,
     sample: Annotated[Path | None, typer.Option(help="Image to verify on; a phantom by default.")] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Export ONNX with free spatial shape.")] = False,
     head: Annotated[str, typer.Option(help="What the ONNX file gives: logits, softmax or argmax.")] = "logits",
@@ -95,7 +99,7 @@ def build(
         dynamic=dynamic,
         head=cast("Head", head),
         force=force,
-        tensorrt=TensorRTOptions(batch=batch, workspace_bytes=int(workspace_gb * 1e9), compatible=compatible),
+        tensorrt=TensorRTOptions(batch=batch, workspace_bytes=int(workspace_gb * 1e9), compatible=compatible, timing_cache=timing_cache),
         prune=wanted.levels,
         reuse=triton is not None and not dynamic and head == "logits",
     )

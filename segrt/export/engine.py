@@ -58,7 +58,7 @@ def build_engine(
     sample : image whose windows the engine is checked on; a phantom by default
     calibration : folder of images whose windows set INT8's ranges; a phantom by default
     force : keep an engine that falls short, marked as such
-    tensorrt : batch, workspace and compatibility of a plan
+    tensorrt : batch, workspace, compatibility and timing cache of a plan
 
     Returns
     -------
@@ -101,8 +101,8 @@ def resolve_target(device: str, backend: Backend, tensorrt: TensorRTOptions | No
     backend = _resolve_backend(backend, device)
     if backend != "tensorrt" and tensorrt not in (None, TensorRTOptions()):
         raise InputError(
-            f"batch, workspace and compatibility are TensorRT's, and this engine is built by {backend}; leave these options out or "
-            "take backend tensorrt"
+            f"batch, workspace, compatibility and timing cache are TensorRT's, and this engine is built by {backend}; leave these options "
+            "out or take backend tensorrt"
         )
     return device, backend
 

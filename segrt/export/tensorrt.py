@@ -28,7 +28,8 @@ class TensorRTOptions:
     batch : windows per call at most, the number the plan is tuned for; `build_engine` replaces 0 by what keeps a large GPU busy
     workspace_bytes : memory that a layer may ask for, 0 for all there is
     compatible : a plan for every GPU from Ampere on and for later versions of TensorRT, which is larger and slower
-    timing_cache : file that remembers measured kernels; the next build takes minutes less
+    timing_cache : file that remembers measured kernels, so that the next build takes minutes less; `build_engine` replaces None by
+        engines/timing.cache in the bundle
     """
 
     batch: int = 0

@@ -13,6 +13,8 @@ import numpy as np
 import openvino
 import pytest
 from factories import unet_bundle, write_case
+from gpu_stand_in import instead_of_cupy
+from trt_stand_in import TensorRT
 
 from segrt.bundle import Bundle
 from segrt.cli import build as build_command
@@ -141,8 +143,30 @@ def test_a_workspace_is_a_number_of_gigabytes(run: Run, size: str) -> None:
 
 def test_options_of_tensorrt_are_for_tensorrt(run: Run) -> None:
     sentence = refusal(run("--backend", "openvino", "--batch", "4", "--workspace-gb", "1.5", "--compatible"))
-    assert "batch, workspace and compatibility are TensorRT's, and this engine is built by openvino" in sentence
+    assert "batch, workspace, compatibility and timing cache are TensorRT's, and this engine is built by openvino" in sentence
+    assert "are TensorRT's" in refusal(run("--backend", "onnxruntime", "--timing-cache", "timing.cache"))
     assert not Path("segrt_model/engines").exists()
+
+
+def test_options_reach_tensorrt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = TensorRT(instead_of_cupy(monkeypatch))
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    options = ("--batch", "4", "--workspace-gb", "1.5", "--compatible", "--timing-cache", "shared/timing.cache")
+    # a random network's classes are nearly tied, so half precision may turn a label
+    answer = run("--backend", "tensorrt", *options, "--force")
+    assert answer.code == 0, answer.err
+    (config,) = trt.seen["config"]
+    assert config.limits == {trt.MemoryPoolType.WORKSPACE: 1_500_000_000}
+    assert config.flags == {trt.BuilderFlag.VERSION_COMPATIBLE}
+    assert Path("shared/timing.cache").read_bytes() == b"timed\n"
+    assert [path.name for path in Path("segrt_model/engines").iterdir()] == ["tensorrt-11.4.0.106-compatible-fp16-b4"]
+    assert "tensorrt 11.4.0.106, cuda:0, fp16, batch 4" in json.dumps(report("tensorrt-11.4.0.106-compatible-fp16-b4"))
+
+
+def test_a_timing_cache_is_a_file(run: Run) -> None:
+    answer = run("--backend", "tensorrt", "--timing-cache", ".")
+    assert answer.code == 2
+    assert "Invalid value for '--timing-cache'" in answer.err
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(run: Run) -> None:
