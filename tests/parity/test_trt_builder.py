@@ -95,10 +95,20 @@ def jobs_of(bundle: Bundle, folder: Path, **options: Any) -> list[dict[str, Any]
     return jobs
 
 
+@pytest.fixture(scope="module")
+def answers(builder: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Of every network one answer for each precision, all from one process."""
+    jobs = []
+    for network in NETWORKS.values():
+        folder = tmp_path_factory.mktemp("network")
+        jobs += jobs_of(random_bundle(folder / "bundle", network), folder)
+    found = iter(builder(*jobs))
+    return {name: [next(found) for _ in range(4)] for name in NETWORKS}
+
+
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_every_precision_is_parsed_and_built(builder: Run, tmp_path: Path, name: str) -> None:
-    bundle = random_bundle(tmp_path / "bundle", NETWORKS[name])
-    for answer, half in zip(builder(*jobs_of(bundle, tmp_path)), ("FLOAT", "HALF", "BF16", "HALF"), strict=True):
+def test_every_precision_is_parsed_and_built(answers: dict[str, list[dict[str, Any]]], name: str) -> None:
+    for answer, half in zip(answers[name], ("FLOAT", "HALF", "BF16", "HALF"), strict=True):
         assert "error" not in answer
         assert answer["bytes"] > 1000
         expected = {"ACTIVATION": half, "PARAMETRIC_RELU": half, "RESIZE": "FLOAT" if half == "BF16" else half}
@@ -112,9 +122,8 @@ def kinds_of(answer: dict[str, Any], *layers: str) -> list[list[str]]:
     return found
 
 
-def test_tensorrt_sees_the_types_we_mean(builder: Run, tmp_path: Path) -> None:
-    bundle = random_bundle(tmp_path / "bundle", NETWORKS["plain"])
-    fp32, fp16, bf16, int8 = builder(*jobs_of(bundle, tmp_path))
+def test_tensorrt_sees_the_types_we_mean(answers: dict[str, list[dict[str, Any]]]) -> None:
+    fp32, fp16, bf16, int8 = answers["plain"]
     for answer, half in ((fp32, "FLOAT"), (fp16, "HALF"), (bf16, "BF16"), (int8, "HALF")):
         for layers in (("CONVOLUTION",), ("ACTIVATION",), ("CONCATENATION",)):
             assert all(kinds == [half] for kinds in kinds_of(answer, *layers)), layers
