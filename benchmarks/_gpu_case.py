@@ -44,7 +44,7 @@ def ours(name: str, opened: Callable[[Setting], Engine]) -> Callable[[Setting], 
         with predictor_of(setting, engine) as predictor, _Memory(setting) as memory:
             first = _wall(lambda: predictor((image, spacing)))
             runs, stages = [], []
-            for _ in range(3):
+            for _ in range(1 if setting.toy else 3):
                 start = time.perf_counter()
                 result = predictor((image, spacing))
                 runs.append(time.perf_counter() - start)
@@ -115,7 +115,7 @@ def repeated(opened: Callable[[Setting], Engine]) -> Callable[[Setting], dict[st
     """A small case a hundred times: equal bytes?"""
 
     def run(setting: Setting) -> dict[str, Any]:
-        count = 3 if setting.toy else 100
+        count = 2 if setting.toy else 100
         image, spacing = case(setting, setting.small, "small")
         try:
             engine = opened(setting)

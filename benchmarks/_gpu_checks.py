@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from _gpu_case import case
 from _gpu_engines import open_torch
-from _gpu_kernels import KERNELS, Job, check
+from _gpu_kernels import CUDA_C, KERNELS, Job, check
 from _gpu_setting import Setting, Skip
 
 from segrt.predictor import Predictor
@@ -32,12 +32,21 @@ def check_alone(job: Job) -> Callable[[Setting], dict[str, Any]]:
     return run
 
 
+def on_a_gpu(job: Callable[[Setting], dict[str, Any]]) -> Callable[[Setting], dict[str, Any]]:
+    """A job that is left out elsewhere: only there CUDA C runs."""
+
+    def run(setting: Setting) -> dict[str, Any]:
+        if not setting.on_gpu:
+            raise Skip("needs a GPU; the tests run CUDA C as C++")
+        return job(setting)
+
+    return run
+
+
 def between_convolutions(precision: str) -> Callable[[Setting], dict[str, Any]]:
     """Normalisation, join and separation of channels against torch's own in float32."""
 
     def run(setting: Setting) -> dict[str, Any]:
-        if not setting.on_gpu:
-            raise Skip("needs a GPU; the tests run these kernels as C++")
         import torch
         from torch.nn import functional
 
@@ -79,6 +88,7 @@ def whole_case(setting: Setting) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     **{name: check_alone(job) for name, job in KERNELS.items()},
-    **{f"between convolutions, {precision}": between_convolutions(precision) for precision in _ROUNDED},
+    **{f"between convolutions, {precision}": on_a_gpu(between_convolutions(precision)) for precision in _ROUNDED},
     "a small case": whole_case,
 }
+IN_CUDA_C = {name: on_a_gpu(check_alone(KERNELS[name])) for name in CUDA_C}

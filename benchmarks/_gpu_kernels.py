@@ -5,18 +5,21 @@ A job makes its arrays, and gives what to call and the fewest bytes that it has 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from _gpu_setting import CHECK, Arrays, Setting, Sizes
+from _gpu_setting import CHECKS, Arrays, Setting, Sizes, Skip
 
 from segrt.device import to_host
-from segrt.kernels import argmax, bbox, blend, components, mean, normalize, onehot, resample
+from segrt.kernels import activation, argmax, bbox, blend, components, mean, normalize, onehot, resample
+from segrt.kernels._cuda import native
 
 Made = tuple[Callable[[], Any], int]
 Job = Callable[[Arrays, Sizes], Made]
+_Activation = Literal["softmax", "sigmoid"]
 
 _TOLERANCE = 2e-5  # of the largest value: float32 sums and splines in another order
 
@@ -33,19 +36,60 @@ def measure(job: Job) -> Callable[[Setting], dict[str, Any]]:
     return run
 
 
+def measure_cuda_c(job: Job) -> Callable[[Setting], dict[str, Any]]:
+    """The same of a kernel that is written in CUDA C too; that it is CUDA C which runs is part of the check."""
+
+    def run(setting: Setting) -> dict[str, Any]:
+        if not setting.on_gpu:
+            raise Skip("needs a GPU; the tests run CUDA C as C++")
+        with counted_launches() as launches:
+            figures = measure(job)(setting)
+        assert launches, "the thread body ran: there is no CUDA C for these arrays"
+        return figures
+
+    return run
+
+
+@contextmanager
+def counted_launches() -> Iterator[list[str]]:
+    """Yield the names of the CUDA C kernels that are launched while a block runs."""
+    launches: list[str] = []
+    launch = native.run
+
+    def run(call: native.Call | None) -> bool:
+        launches.extend([call.kernel] if call else [])
+        return launch(call)
+
+    native.run = run
+    try:
+        yield launches
+    finally:
+        native.run = launch
+
+
 def check(job: Job, device: str) -> float:
     """Run on the CPU and on the device; labels have to be equal, floats close. The largest difference comes out."""
-    expected, found = (job(Arrays(place), CHECK)[0]() for place in ("cpu", device))
+    return max(_difference(job, device, sizes) for sizes in CHECKS)
+
+
+def _difference(job: Job, device: str, sizes: Sizes) -> float:
+    expected, found = (job(Arrays(place), sizes)[0]() for place in ("cpu", device))
     worst = 0.0
     for a, b in zip(_arrays(expected), _arrays(found), strict=True):
         assert a.shape == b.shape, (a.shape, b.shape)
         if a.dtype.kind in "iub":
             assert np.array_equal(a, b), f"{int((a != b).sum())} of {a.size} values differ"
             continue
-        assert np.isfinite(b).all()
-        worst = max(worst, float(np.abs(a.astype(np.float64) - b).max() / max(1.0, np.abs(a).max())))
-    assert worst <= _TOLERANCE, worst
+        worst = max(worst, close_enough(a, b))
     return worst
+
+
+def close_enough(expected: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference, as a share of the largest value when that is more than 1."""
+    assert np.isfinite(found).all()
+    error = float(np.abs(expected.astype(np.float64) - found).max() / max(1.0, np.abs(expected).max()))
+    assert error <= _TOLERANCE, error
+    return error
 
 
 def _arrays(result: Any) -> list[np.ndarray]:
@@ -124,6 +168,8 @@ def _fused(dtype: Any, *, separate: int | None = None, paint: bool = False, same
         values = tuple(range(size.classes))
         shape = size.working if same else size.image
         moved = logits.nbytes + prod(shape)
+        if paint and same:
+            return lambda: argmax.paint(logits, values, 0.5), moved
         if paint:
             return lambda: argmax.resample_paint(logits, shape, values, 0.5, separate=separate), moved
         if same:
@@ -133,13 +179,16 @@ def _fused(dtype: Any, *, separate: int | None = None, paint: bool = False, same
     return job
 
 
-def probabilities(arrays: Arrays, size: Sizes) -> Made:
-    logits = arrays.floats(4, *size.working)
-    moved = logits.nbytes + 16 * prod(size.image)
-    return lambda: argmax.resample_probabilities(logits, size.image, activation="softmax"), moved
+def _probabilities(dtype: Any, function: _Activation) -> Job:
+    def job(arrays: Arrays, size: Sizes) -> Made:
+        logits = arrays.floats(4, *size.working, dtype=dtype)
+        moved = logits.nbytes + 16 * prod(size.image)
+        return lambda: argmax.resample_probabilities(logits, size.image, activation=function), moved
+
+    return job
 
 
-def _mean(dtype: Any) -> Job:
+def _mean(dtype: Any, function: _Activation) -> Job:
     """A share of a pair's mean, which is read and written."""
 
     def job(arrays: Arrays, size: Sizes) -> Made:
@@ -147,10 +196,29 @@ def _mean(dtype: Any) -> Job:
         whole = mean.Box(0, size.working[0], size.image, (0, 0, 0))
 
         def run() -> Any:
-            mean.add_probabilities(out, logits, whole, activation="softmax", share=0.5)
+            mean.add_probabilities(out, logits, whole, activation=function, share=0.5)
             return out
 
         return run, logits.nbytes + 2 * out.nbytes
+
+    return job
+
+
+def _by_class(*, paint: bool) -> Job:
+    """One class against a running best, or painted over what is there: what resampling of other orders ends in."""
+
+    def job(arrays: Arrays, size: Sizes) -> Made:
+        best, candidate = arrays.floats(*size.image), arrays.floats(*size.image)
+        labels = arrays.put(np.zeros(size.image, np.uint8))
+
+        def run() -> Any:
+            if paint:
+                activation.paint_over(candidate, labels, 3, 0.5, round16=True)
+            else:
+                activation.keep_larger(best, candidate, labels, 3, round16=True)
+            return best, labels
+
+        return run, (1 if paint else 3) * candidate.nbytes + labels.nbytes
 
     return job
 
@@ -245,9 +313,17 @@ KERNELS: dict[str, Job] = {
     "resample + argmax, fp32, separate z": _fused(np.float32, separate=0),
     "resample + paint, fp32": _fused(np.float32, paint=True),
     "resample + argmax, fp16": _fused(np.float16),
-    "probabilities": probabilities,
-    "mean of a pair, fp32": _mean(np.float32),
-    "mean of a pair, fp16": _mean(np.float16),
+    "resample + paint, fp16": _fused(np.float16, paint=True),
+    "paint, fp32": _fused(np.float32, paint=True, same=True),
+    "paint, fp16": _fused(np.float16, paint=True, same=True),
+    "probabilities": _probabilities(np.float32, "softmax"),
+    "probabilities, fp16": _probabilities(np.float16, "softmax"),
+    "probabilities of regions": _probabilities(np.float32, "sigmoid"),
+    "mean of a pair, fp32": _mean(np.float32, "softmax"),
+    "mean of a pair, fp16": _mean(np.float16, "softmax"),
+    "mean of a pair, regions": _mean(np.float32, "sigmoid"),
+    "largest of classes, one by one": _by_class(paint=False),
+    "paint of classes, one by one": _by_class(paint=True),
     "clip and scale": clip,
     "mean and deviation": moments,
     "mean and deviation in a mask": masked_moments,
@@ -261,4 +337,9 @@ KERNELS: dict[str, Job] = {
     "one-hot": one_hot,
     "outside of a mask": outside,
 }
+# those that are written in CUDA C too
+CUDA_C = [
+    name for name in KERNELS if name.startswith(("blend", "resample image", "argmax", "paint,", "resample + ", "probabilities", "minimum"))
+]
 JOBS = {name: measure(job) for name, job in KERNELS.items()}
+IN_CUDA_C = {name: measure_cuda_c(KERNELS[name]) for name in CUDA_C}

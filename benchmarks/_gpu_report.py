@@ -14,14 +14,17 @@ def summary(results: dict[str, Any]) -> str:
     if copy and matrix:
         lines.append(f"copy {copy / 1e9:.0f} GB/s, fp16 matrix product {matrix / 1e12:.0f} TFLOP/s")
     lines += _table("kernel", results.get("kernels", {}), lambda job: _kernel(job, copy))
+    lines += _table("kernel in CUDA C", results.get("kernels_cuda_c", {}), lambda job: _kernel(job, copy))
+    lines += _table("form of a kernel", results.get("variants", {}), lambda job: _kernel(job, copy))
     lines += _table("engine", results.get("engines", {}), lambda job: _engine(job, matrix))
     lines += _table("whole case", results.get("case", {}), lambda job: _case(job, results["case"].get("nnunet", {})))
     lines += _table("plans", results.get("plans", {}), lambda job: f"{job['seconds']:.0f} s" if "seconds" in job else "")
     lines += _table("repeats", results.get("repeats", {}), _repeats)
     lines += _table("the same labels", results.get("same", {}), lambda job: "equal" if job.get("labels_that_differ") == 0 else "")
-    checks = results.get("sanitizer", {})
-    clean = [name for name, job in checks.items() if isinstance(job, dict) and "largest_error" in job]
-    lines.append(f"sanitizer: {checks.get('skipped') or checks.get('incomplete') or f'{len(clean)} checks clean'}")
+    for name, title in (("sanitizer", "sanitizer"), ("sanitizer_cuda_c", "sanitizer, CUDA C")):
+        checks = results.get(name, {})
+        clean = [job for job in checks.values() if isinstance(job, dict) and "largest_error" in job]
+        lines.append(f"{title}: {checks.get('skipped') or checks.get('incomplete') or f'{len(clean)} checks clean'}")
     return "\n".join(lines)
 
 
@@ -34,7 +37,7 @@ def _table(title: str, jobs: dict[str, Any], shown: Any) -> list[str]:
         reason = next((f"{state}: {str(job[state]).strip()[-160:]}" for state in ("failed", "skipped") if state in job), None)
         text = reason or shown(job)
         if text:
-            lines.append(f"{name:36s} {' '.join(text.split())}")
+            lines.append(f"{name:44s} {' '.join(text.split())}")
     return lines
 
 

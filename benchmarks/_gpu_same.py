@@ -11,7 +11,7 @@ from _gpu_engines import open_torch
 from _gpu_setting import Setting, Skip
 
 from segrt.assemble import Flow, assemble
-from segrt.device import to_device, to_host
+from segrt.device import device_number, to_device, to_host
 from segrt.engines import Engine
 from segrt.engines.compose import Spread
 from segrt.infer import infer
@@ -90,16 +90,17 @@ def out_of_memory(setting: Setting) -> dict[str, Any]:
 
     largest = 4 * _BATCH
     labels_by(setting, open_torch(setting, "fp16", largest))
-    peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    gpu = device_number(setting.device)
+    peak, total = torch.cuda.max_memory_reserved(gpu), torch.cuda.get_device_properties(gpu).total_memory
     torch.cuda.empty_cache()
     try:
-        torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
+        torch.cuda.set_per_process_memory_fraction(0.6 * peak / total, gpu)
         engine = open_torch(setting, "fp16", largest)
         found = labels_by(setting, engine)
         assert engine.batch < largest, "memory did not run out"
         expected = labels_by(setting, open_torch(setting, "fp16", engine.batch))
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.set_per_process_memory_fraction(1.0, gpu)
     return _equal(expected, found) | {"batch": largest, "came_down_to": engine.batch}
 
 

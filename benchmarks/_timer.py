@@ -17,6 +17,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("numpy", "numba", "scipy", "scikit-image", "connected-components-3d", "torch", "openvino", "onnxruntime", "SimpleITK")
+PACKAGES += ("cupy-cuda13x", "cupy-cuda12x", "numba-cuda", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "nvidia-cudnn-cu13")
 
 
 def measure(function: Callable[[], Any], *, repeats: int = 7, warmup: int = 2) -> dict[str, float]:

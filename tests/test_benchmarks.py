@@ -39,16 +39,43 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_stages_of_a_gpu_run_leave_those_of_earlier_runs_as_they_are(gpu: Any) -> None:
     first, second = ({"commit": commit, "versions": {"torch": torch}} for commit, torch in (("a", "2.11"), ("b", "2.13")))
     machine = {"identity": {"name": "NVIDIA H200"}, "copy": {"bytes_per_s": 4e12}, "matrix": {"flop_per_s": {"fp16": 7e14}}}
-    written = gpu.merged({}, {"machine": machine, "kernels": {"argmax": {"median_ms": 1.0, "bytes_per_s": 2e12}}}, first)
-    again = gpu.merged(json.loads(json.dumps(written)), {"kernels": {"argmax": {"median_ms": 0.5, "bytes_per_s": 4e12}}}, second)
+    stages = {"machine": machine, "kernels": {"argmax": {"median_ms": 1.0, "bytes_per_s": 2e12}}}
+    written = gpu.merged({}, stages, {"machine": first, "kernels": first})
+    in_cuda_c = {**second, "cuda_c": True}
+    again = gpu.merged(
+        json.loads(json.dumps(written)), {"kernels": {"argmax": {"median_ms": 0.5, "bytes_per_s": 4e12}}}, {"kernels": in_cuda_c}
+    )
     assert again["machine"] == machine
     assert again["kernels"]["argmax"]["median_ms"] == 0.5
-    assert again["made"] == {"machine": first, "kernels": second}
+    assert again["made"] == {"machine": first, "kernels": in_cuda_c}
+    assert again["commit"] == "b"
     assert any("100 %" in line for line in again["summary"]), "of the copy that was measured before"
     # files of before had one commit for all
     old = {**written, **first}
     del old["made"]
-    assert gpu.merged(old, {"case": {}}, second)["made"] == {"machine": first, "kernels": first, "case": second}
+    assert gpu.merged(old, {"case": {}}, {"case": second})["made"] == {"machine": first, "kernels": first, "case": second}
+
+
+def test_kernels_are_measured_both_as_thread_bodies_and_in_cuda_c_whatever_is_asked_for(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked in ("0", "1"):
+        monkeypatch.setenv("SEGRT_CUDA_C", asked)
+        found = {stage: gpu.uses_cuda_c(stage) for stage in gpu.STAGES}
+        assert not found["kernels"]
+        assert not found["sanitizer"]
+        assert found["kernels_cuda_c"]
+        assert found["sanitizer_cuda_c"]
+        assert found["case"] == (asked == "1")
+
+
+def test_what_is_measured_in_cuda_c_is_what_cuda_c_is_written_for(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU nothing can be launched: calls are made as on one and thrown away, whatever comes out."""
+    kernels, setting = importlib.import_module("_gpu_kernels"), importlib.import_module("_gpu_setting")
+    monkeypatch.setattr(kernels.native, "available", lambda array: True)
+    monkeypatch.setattr(kernels.native, "run", lambda call: call is not None)
+    for name in kernels.CUDA_C:
+        with kernels.counted_launches() as launches:
+            kernels.KERNELS[name](setting.Arrays("simulated"), setting.CHECKS[1])[0]()
+        assert launches, name
 
 
 def test_plans_are_built_before_anything_needs_them(gpu: Any) -> None:
@@ -56,10 +83,8 @@ def test_plans_are_built_before_anything_needs_them(gpu: Any) -> None:
     assert stages.index("plans") < min(stages.index(stage) for stage in ("case", "engines", "repeats"))
 
 
-@pytest.mark.parametrize("script", ["gpu_variants", "make_tensorrt86"])
+@pytest.mark.parametrize("script", ["make_tensorrt86"])
 def test_what_needs_more_than_a_cpu_says_how_it_is_used(script: str) -> None:
-    if script == "gpu_variants":
-        pytest.importorskip("cupy", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--help"], capture_output=True, text=True, cwd=ROOT, check=False
     )
@@ -67,12 +92,10 @@ def test_what_needs_more_than_a_cpu_says_how_it_is_used(script: str) -> None:
     assert f"python benchmarks/{script}.py" in done.stdout
 
 
-def test_every_form_that_is_tried_is_one_of_a_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("cupy", reason="needs the CUDA packages: pip install 'segrt[cuda]'")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    variants = importlib.import_module("gpu_variants")
+def test_every_form_that_is_tried_is_one_of_a_kernels(gpu: Any) -> None:
+    variants = importlib.import_module("_gpu_variants")
     for tuning, names, options, settings in variants.FORMS.values():
-        assert set(names) <= variants.KERNELS.keys()
+        assert set(names) <= set(importlib.import_module("_gpu_kernels").CUDA_C)
         assert set(options) <= tuning.keys()
         assert {len(values) for values in settings} == {len(options)}
         assert tuple(tuning[option] for option in options) in settings, "the form in use is among them"

@@ -13,7 +13,7 @@ _WIDEST = 16  # bytes of one load
 _MOST_BYTES = 2**32 - 1  # of a class: offsets are counted in 32 bits
 _MOST_VALUES = 2**31 - 1
 
-# what a thread makes of one kernel, see the source; guesses, until `benchmarks/gpu_variants.py` has run on a GPU
+# what a thread makes of one kernel, see the source; guesses, until `benchmarks/gpu.py --only variants` has run on a GPU
 TUNING: dict[str, int] = {"GROUPS": 1, "AHEAD": 8, "CHUNK": 8, "BLEND_BLOCKS": 4, "RZ": 4, "RY": 2, "BLOCKS": 2}
 
 
