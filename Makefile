@@ -34,7 +34,7 @@ demo: | $(BIN)/python
 	$(BIN)/python examples/demo/run.py
 
 test: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -p tests.shared_guard -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -p tests.shared_guard -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 coverage: install
 	$(BIN)/python -m pytest --cov=segrt --cov-report=term-missing:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)

@@ -57,16 +57,25 @@ def main() -> None:
     results: dict[str, Any] = {part: json.loads(written.read_text()).get(part) for part in PARTS if written.is_file()}
     for part in args.only.split(","):
         with tempfile.TemporaryDirectory(prefix="segrt-precision-") as folder:
-            results[part] = {**environment(), **PARTS[part](args, Path(folder))}
+            found = PARTS[part](args, Path(folder))
+        results[part] = {**environment(), **found} if part == "speed" else with_rows_kept(results.get(part) or {}, found)
         print(part, json.dumps(results[part], indent=1), flush=True)
         write_results("precision", {k: v for k, v in results.items() if v}, toy=args.toy or bool(args.sets))
+
+
+def with_rows_kept(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Tables with a row for each precision; a row that this machine cannot make stays as it was, and `made` says where each comes from."""
+    made = {precision for rows in found.values() for precision, row in rows.items() if "skipped" not in row}
+    tables = {name: {**before.get(name, {}), **{p: row for p, row in rows.items() if p in made}} for name, rows in found.items()}
+    return {**before, **tables, "made": before.get("made", {}) | dict.fromkeys(sorted(made), environment())}
 
 
 # ------------------------------------------------------------------ golden sets
 def golden(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Labels of every set in every precision, against fp32's, nnU-Net's own and the reference labels."""
     if args.toy or not args.golden.is_dir():
-        return {"skipped": "a toy run needs no golden sets" if args.toy else f"{args.golden} is not here"}
+        print("a toy run needs no golden sets" if args.toy else f"{args.golden} is not here")
+        return {}
     chosen = [name for name in SETS if not args.sets or name.startswith(tuple(args.sets.split(",")))]
     return {name: golden_set(args.golden, name, work / name) for name in chosen}
 
@@ -107,7 +116,7 @@ def demo(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             return {name: predictor(Volume(image[None], grid)).labels for name, (image, _, grid) in made.items()}
 
     truth = {name: labels for name, (_, labels, _) in made.items()}
-    return in_all_precisions(bundle, None, labels, {"truth": truth}, sorted(ORGANS))
+    return {"phantoms": in_all_precisions(bundle, None, labels, {"truth": truth}, sorted(ORGANS))}
 
 
 # ------------------------------------------------------------------ both

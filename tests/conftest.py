@@ -45,8 +45,22 @@ def golden() -> Path:
     return _shared("golden")
 
 
+# two processes share the files: those that take a minute or more go first, the longest at the head, so that both end together
+LONG = (
+    "test_benchmarks.py",
+    "test_study.py",
+    "test_golden.py",
+    "test_ptx.py",
+    "test_train_flow.py",
+    "test_train.py",
+    "test_memory.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With a GPU Numba compiles for it, and its simulator, which takes the whole process, is off."""
+    """Order the files; and with a GPU Numba compiles for it, and its simulator, which takes the whole process, is off."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
         for item in items:
             if "simulator" in item.name:
