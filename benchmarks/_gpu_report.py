@@ -20,7 +20,7 @@ def summary(results: dict[str, Any]) -> str:
     lines += _table("whole case", results.get("case", {}), lambda job: _case(job, results["case"].get("nnunet", {})))
     lines += _table("plans", results.get("plans", {}), lambda job: f"{job['seconds']:.0f} s" if "seconds" in job else "")
     lines += _table("repeats", results.get("repeats", {}), _repeats)
-    lines += _table("the same labels", results.get("same", {}), lambda job: "equal" if job.get("labels_that_differ") == 0 else "")
+    lines += _table("the same labels", results.get("same", {}), _same)
     for name, title in (("sanitizer", "sanitizer"), ("sanitizer_cuda_c", "sanitizer, CUDA C")):
         checks = results.get(name, {})
         clean = [job for job in checks.values() if isinstance(job, dict) and "largest_error" in job]
@@ -62,6 +62,12 @@ def _case(job: dict[str, Any], rival: dict[str, Any]) -> str:
     ratio = f" = 1/{rival['seconds'] / job['seconds']:.1f} of nnU-Net's" if "seconds" in rival and job is not rival else ""
     peak = f", {job['peak_device_bytes'] / 1e9:.1f} GB at most" if job.get("peak_device_bytes") else ""
     return f"{job['seconds']:.2f} s{ratio} ({stages}){peak}"
+
+
+def _same(job: dict[str, Any]) -> str:
+    if "label_agreement" in job:
+        return f"labels are the CPU's in {', '.join(f'{name} {share:.5f}' for name, share in job['label_agreement'].items())}"
+    return "equal" if job.get("labels_that_differ") == 0 or "arrays" in job else ""
 
 
 def _repeats(job: dict[str, Any]) -> str:

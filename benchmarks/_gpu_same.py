@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from _gpu_case import case, predictor_of
 from _gpu_engines import open_torch
-from _gpu_setting import Setting, Skip
+from _gpu_setting import CLASSES, TARGET_SPACING, TOY, Setting, Skip, make_bundle
 
 from segrt.assemble import Flow, assemble
-from segrt.device import device_number, to_device, to_host
-from segrt.engines import Engine
+from segrt.device import compute_on, device_number, open_stream, to_device, to_host
+from segrt.engines import Engine, open_engine
 from segrt.engines.compose import Spread
 from segrt.infer import infer
+from segrt.kernels.normalize import clip_shift_scale
+from segrt.predictor import Predictor
 from segrt.preprocess import preprocess
+from segrt.spec import Inference, SpacingTarget, UNetPPSpec, VNetSpec
 from segrt.volume import Grid, Volume
 
 _BATCH = 4
+_NARROW = (8, 16, 32, 64, 128)
 
 
 class Cramped:
@@ -104,6 +110,47 @@ def out_of_memory(setting: Setting) -> dict[str, Any]:
     return _equal(expected, found) | {"batch": largest, "came_down_to": engine.batch}
 
 
+def family(network: Any) -> Callable[[Setting], dict[str, Any]]:
+    """A network without a kernel of ours between its convolutions, in float32 and float16 against the CPU in float32."""
+
+    def run(setting: Setting) -> dict[str, Any]:
+        path = setting.work / network.family
+        path.mkdir(exist_ok=True)
+        flat = network.dimensions == 2
+        inference = Inference(patch=(1, 32, 32) if flat else (16, 32, 32))
+        target = SpacingTarget(spacing=TARGET_SPACING[-network.dimensions :])
+        bundle = make_bundle(path / "bundle", inference.patch, toy=True, network=network, inference=inference, target=target)
+        image, spacing = case(replace(setting, work=path), TOY, "case")
+        with Predictor(bundle, device="cpu", backend="pytorch", precision="fp32") as predictor:
+            expected = predictor((image, spacing)).labels
+        agreement = {}
+        for precision in ("fp32",) if setting.toy else ("fp32", "fp16"):  # which a CPU takes long for
+            how: dict[str, Any] = {"device": setting.device, "precision": precision}
+            engine = open_engine(bundle, "0", backend="pytorch", **how)
+            with Predictor(bundle, device=setting.device, engines=[engine]) as predictor:
+                agreement[precision] = float((predictor((image, spacing)).labels == expected).mean())
+        assert agreement["fp32"] > 0.999, agreement
+        assert min(agreement.values()) > 0.98, agreement
+        return {"label_agreement": agreement, "labels_used": len(np.unique(expected))}
+
+    return run
+
+
+def several_threads(setting: Setting) -> dict[str, Any]:
+    """Arrays that go up, through a kernel and down again in four threads with a stream each, against the CPU."""
+
+    def there_and_back(seed: int) -> bool:
+        image = np.random.default_rng(seed).integers(-1000, 1000, setting.small.image).astype(np.int16)
+        with compute_on(setting.device, open_stream(setting.device)):
+            found = to_host(clip_shift_scale(to_device(image, setting.device), -958, 326, 82, 136))
+        return np.array_equal(found, clip_shift_scale(image, -958, 326, 82, 136))
+
+    with ThreadPoolExecutor(4) as pool:
+        equal = list(pool.map(there_and_back, range(24)))
+    assert all(equal), f"{equal.count(False)} of {len(equal)} arrays differ"
+    return {"arrays": len(equal)}
+
+
 def _equal(expected: np.ndarray, found: np.ndarray) -> dict[str, Any]:
     differing = int((expected != found).sum())
     assert not differing, f"{differing} of {found.size} labels differ"
@@ -116,4 +163,9 @@ JOBS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "by slab": by_slab,
     "half the batch, told": told,
     "half the batch, out of memory": out_of_memory,
+    "several threads": several_threads,
+    # mirrored, as the default is
+    "V-Net, as the CPU": family(VNetSpec(in_channels=1, out_channels=CLASSES, width=0.5, dropout=0)),
+    "UNet++, as the CPU": family(UNetPPSpec(family="unetpp", dimensions=3, in_channels=1, out_channels=CLASSES, features=_NARROW, level=3)),
+    "U-Net of slices, as the CPU": family(UNetPPSpec(family="unet", in_channels=1, out_channels=CLASSES, features=_NARROW)),
 }

@@ -134,12 +134,13 @@ def make_spec(patch: tuple[int, int, int], *, toy: bool) -> ModelSpec:
     )
 
 
-def make_bundle(path: Path, patch: tuple[int, int, int], *, toy: bool) -> Bundle:
+def make_bundle(path: Path, patch: tuple[int, int, int], *, toy: bool, **changes: Any) -> Bundle:
+    """A bundle of random weights; `changes` are to its spec."""
     import torch
 
     from segrt.networks import build
 
-    spec = make_spec(patch, toy=toy)
+    spec = make_spec(patch, toy=toy).model_copy(update=changes)
     torch.manual_seed(0)
     network = build(spec.network)
     return Bundle.create(path, spec, weights={"0": network.state_dict()})
