@@ -51,8 +51,7 @@ def networks(toy: bool) -> dict[str, tuple[NetworkSpec, Shape]]:
     """Name -> network and patch."""
     plus: dict[str, Any] = {"family": "unetpp", "in_channels": 1, "out_channels": CLASSES, "deep_supervision": True}
     if toy:
-        small = UNetPPSpec(**plus, features=(4, 4, 4, 4, 4), level=2)
-        return {"U-Net": (unet(4, 8), (8, 8, 8)), "UNet++, 2-D": (small, (1, 16, 16))}
+        return {"U-Net": (unet(4, 8), (8, 8, 8))}
     return {
         "U-Net": (unet(32, 64, 128, 256, 320, 320), (64, 64, 64)),
         "V-Net": (VNetSpec(in_channels=1, out_channels=CLASSES), (32, 32, 32)),

@@ -44,7 +44,7 @@ SETTINGS = (
     "--augmentation nnunet --validation-interval 100 --validation-batches 5 --save-interval 200 --workers 1 --device cpu"
 )
 TOY = (
-    "--models nnunet,vnet --optimizers adamw --width 0.125 --batch-size 2 --patch vnet=16,16,16 --augmentation nnunet --workers 0 "
+    "--models vnet --optimizers adamw --width 0.125 --batch-size 2 --patch vnet=16,16,16 --augmentation nnunet --workers 0 "
     "--split sorted:0.6 --device cpu"
 )
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..arrays import Array, ProgressFn, Shape3, Spacing3
 from ..errors import InputError
 from ..kernels.bbox import nonzero_bbox
+from ..kernels.draws import count_draws
 from ..spec import Part
 from .cases import Dataset, TrainingCase
 from .dataset import read_training_case
@@ -21,7 +22,6 @@ from .stored import parse_stored, read_stored
 
 SAMPLES = 100_000_000  # foreground voxels drawn from the whole dataset
 SEED = 1234
-_CHUNK = 2**22  # draws held at once
 
 
 class Intensities(Part):
@@ -133,9 +133,7 @@ def _draw(voxels: Array, samples: int, rng: np.random.RandomState) -> tuple[Arra
     """Distinct values among `samples` draws with replacement, sorted, and how often each came."""
     if not voxels.size:
         return np.empty(0, np.float32), np.empty(0, np.int64)
-    times = np.zeros(voxels.size, np.int64)
-    for start in range(0, samples, _CHUNK):
-        times += np.bincount(rng.randint(0, voxels.size, min(_CHUNK, samples - start)), minlength=voxels.size)
+    times = count_draws(rng, voxels.size, samples)
     values, where = np.unique(voxels.astype(np.float32), return_inverse=True)
     counts = np.bincount(where.ravel(), weights=times, minlength=len(values)).astype(np.int64)
     return values[counts > 0], counts[counts > 0]

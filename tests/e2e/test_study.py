@@ -137,7 +137,7 @@ def test_finished_runs_are_not_repeated(study: Path, data: Path) -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on(data: Path, tmp_path: Path) -> None:
-    settings = ("--models", "vnet", "--iters", "40", "--validation-batches", "0", "--save-interval", "3", "-v")
+    settings = ("--models", "vnet", "--iters", "15", "--validation-batches", "0", "--save-interval", "3", "-v")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert _run(data, whole, *settings, "--optimizers", "adam")[0] == 0
     flags = (*settings, "--optimizers", "adam,adamw")

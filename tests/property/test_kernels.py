@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from segrt.kernels import _blend, argmax, bbox, blend, components, normalize, resample
+from segrt.kernels import _blend, argmax, bbox, blend, components, draws, normalize, resample
 from tests import reference
 
 SIZES = st.integers(1, 11)
@@ -221,3 +221,12 @@ def test_every_float16_survives_the_bit_tricks():
     for value in (wide, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))):
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(np.array([_blend.narrow(v) for v in value], np.uint16), value.astype(np.float16).view(np.uint16))
+
+
+@given(size=st.integers(1, 5000), samples=st.integers(0, 3000), before=st.integers(0, 700), seed=SEEDS)
+def test_draws_are_counted_as_numpy_draws_them(size, samples, before, seed):
+    ours, numpys = np.random.RandomState(seed), np.random.RandomState(seed)
+    for rng in (ours, numpys):
+        rng.randint(0, 2**31, before)  # so that the state is at any place
+    assert np.array_equal(draws.count_draws(ours, size, samples), np.bincount(numpys.randint(0, size, samples), minlength=size))
+    assert ours.randint(0, 2**31) == numpys.randint(0, 2**31), "the next draw is the same one"

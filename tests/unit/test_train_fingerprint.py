@@ -92,9 +92,8 @@ def test_colour_pictures_are_measured_as_by_nnunet(shared_data: Path) -> None:
         assert_intensities(intensities, dict(zip(names, values, strict=True)))
 
 
-def test_counted_draws_give_the_statistics_of_the_draws_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several chunks, on several cases, against NumPy on every drawn number."""
-    monkeypatch.setattr(module, "_CHUNK", 300)
+def test_counted_draws_give_the_statistics_of_the_draws_themselves() -> None:
+    """On several cases, against NumPy on every drawn number."""
     rng = np.random.default_rng(0)
     cases = [rng.normal(100, 30, size).round(decimals).astype(np.float32) for size, decimals in ((500, 0), (40, 3), (1, 2))]
     drawn = [module._draw(voxels, 1000, np.random.RandomState(module.SEED)) for voxels in cases]

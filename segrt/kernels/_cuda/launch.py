@@ -33,6 +33,7 @@ from ...errors import BackendError, InputError
 # untyped, and the simulator takes the real module's place
 cuda: Any = import_module("numba.cuda")
 config: Any = numba.config
+typeof: Any = numba.typeof
 # small images make small grids, and nobody who segments one can do anything about it
 config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
@@ -93,6 +94,7 @@ class ThreadKernel:
         self.float64 = float64
         self.name = body.__name__.lstrip("_")
         self.parameters = tuple(signature(body).parameters)[3:]
+        self._loops: dict[tuple[Any, ...], Callable[..., None]] = {}
         self.__doc__ = body.__doc__
 
     @cached_property
@@ -106,6 +108,13 @@ class ThreadKernel:
     def loop(self) -> Any:
         """The loop over all threads (deep, high, wide, *arguments)."""
         return njit(self.source_function("loop"), cache=True, nogil=True, boundscheck=True)
+
+    def run_loop(self, *arguments: Any) -> None:
+        """Run it; it is compiled once for arrays of any strides, where Numba would compile it again for contiguous ones."""
+        types = tuple(_any_strides(typeof(a)) for a in arguments)
+        if types not in self._loops:
+            self._loops[types] = self.loop.compile(types)
+        self._loops[types](*arguments)
 
     def source_function(self, target: Target) -> Any:
         """The kernel as a Python function, with the file and line of the body so that Numba's cache finds and invalidates it.
@@ -180,7 +189,7 @@ def launch(kernel: ThreadKernel, shape: Shape3, *arguments: Any) -> None:
         _record.append(Launch(kernel, shape, arguments))
     first = next(a for a in arguments if hasattr(a, "ndim") and a.ndim)
     if isinstance(first, Simulated) and not _simulate_cuda:
-        kernel.loop(*shape, *(_for_loop(a) if isinstance(a, np.ndarray) else a for a in arguments))
+        kernel.run_loop(*shape, *(_for_loop(a) if isinstance(a, np.ndarray) else a for a in arguments))
         return
     # the simulator has no warps, and runs a thread of Python for each of a block, idle or not
     grid, block = _geometry(shape, 1 if isinstance(first, Simulated) else _WARP)
@@ -214,6 +223,10 @@ def _strides(array: Any) -> tuple[int, ...] | None:
 @lru_cache(64)
 def _stream(address: int) -> Any:
     return cuda.external_stream(address)
+
+
+def _any_strides(kind: Any) -> Any:
+    return kind.copy(layout="A") if isinstance(kind, numba.types.Array) else kind
 
 
 def _for_loop(array: Array) -> Array:
