@@ -94,7 +94,6 @@ class ThreadKernel:
         self.float64 = float64
         self.name = body.__name__.lstrip("_")
         self.parameters = tuple(signature(body).parameters)[3:]
-        self._loops: dict[tuple[Any, ...], Callable[..., None]] = {}
         self.__doc__ = body.__doc__
 
     @cached_property
@@ -105,16 +104,19 @@ class ThreadKernel:
         return cuda.jit(self.source_function("cuda"), cache=not config.ENABLE_CUDASIM)
 
     @cached_property
-    def loop(self) -> Any:
-        """The loop over all threads (deep, high, wide, *arguments)."""
-        return njit(self.source_function("loop"), cache=True, nogil=True, boundscheck=True)
+    def loop(self) -> Callable[..., None]:
+        """The loop over all threads (deep, high, wide, *arguments), compiled once for arrays of whatever strides."""
+        loop: Any = njit(self.source_function("loop"), cache=True, nogil=True, boundscheck=True)
+        compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
 
-    def run_loop(self, *arguments: Any) -> None:
-        """Run it; it is compiled once for arrays of any strides, where Numba would compile it again for contiguous ones."""
-        types = tuple(_any_strides(typeof(a)) for a in arguments)
-        if types not in self._loops:
-            self._loops[types] = self.loop.compile(types)
-        self._loops[types](*arguments)
+        def run(*arguments: Any) -> None:
+            # Numba itself would compile it again for contiguous arrays, for each way they may be contiguous in
+            types = tuple(_any_strides(typeof(argument)) for argument in arguments)
+            if types not in compiled:
+                compiled[types] = loop.compile(types)
+            compiled[types](*arguments)
+
+        return run
 
     def source_function(self, target: Target) -> Any:
         """The kernel as a Python function, with the file and line of the body so that Numba's cache finds and invalidates it.
@@ -189,7 +191,7 @@ def launch(kernel: ThreadKernel, shape: Shape3, *arguments: Any) -> None:
         _record.append(Launch(kernel, shape, arguments))
     first = next(a for a in arguments if hasattr(a, "ndim") and a.ndim)
     if isinstance(first, Simulated) and not _simulate_cuda:
-        kernel.run_loop(*shape, *(_for_loop(a) if isinstance(a, np.ndarray) else a for a in arguments))
+        kernel.loop(*shape, *(_for_loop(a) if isinstance(a, np.ndarray) else a for a in arguments))
         return
     # the simulator has no warps, and runs a thread of Python for each of a block, idle or not
     grid, block = _geometry(shape, 1 if isinstance(first, Simulated) else _WARP)
