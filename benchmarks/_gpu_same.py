@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from _gpu_case import case, predictor_of
 from _gpu_engines import open_torch
-from _gpu_setting import CLASSES, TARGET_SPACING, TOY, Setting, Skip, make_bundle
+from _gpu_setting import CLASSES, TOY, Setting, Skip, make_bundle
 
 from segrt.assemble import Flow, assemble
 from segrt.device import compute_on, device_number, open_stream, to_device, to_host
@@ -20,7 +20,7 @@ from segrt.infer import infer
 from segrt.kernels.normalize import clip_shift_scale
 from segrt.predictor import Predictor
 from segrt.preprocess import preprocess
-from segrt.spec import Inference, SpacingTarget, UNetPPSpec, VNetSpec
+from segrt.spec import Inference, UNetPPSpec, VNetSpec
 from segrt.volume import Grid, Volume
 
 _BATCH = 4
@@ -116,10 +116,8 @@ def family(network: Any) -> Callable[[Setting], dict[str, Any]]:
     def run(setting: Setting) -> dict[str, Any]:
         path = setting.work / network.family
         path.mkdir(exist_ok=True)
-        flat = network.dimensions == 2
-        inference = Inference(patch=(1, 32, 32) if flat else (16, 32, 32))
-        target = SpacingTarget(spacing=TARGET_SPACING[-network.dimensions :])
-        bundle = make_bundle(path / "bundle", inference.patch, toy=True, network=network, inference=inference, target=target)
+        inference = Inference(patch=(1 if network.dimensions == 2 else 16, 32, 32))
+        bundle = make_bundle(path / "bundle", inference.patch, toy=True, network=network, inference=inference)
         image, spacing = case(replace(setting, work=path), TOY, "case")
         with Predictor(bundle, device="cpu", backend="pytorch", precision="fp32") as predictor:
             expected = predictor((image, spacing)).labels
