@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_THREADS = threading.Lock()
 
 
 def sha256(path: Path) -> str:
@@ -28,6 +33,23 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep every other thread and process that asks for the same folder waiting, so that a file in it may be read, changed and written.
+
+    A file system that cannot lock a folder (NFS) lets other processes go on; threads always wait.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _THREADS:
+        place = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):
+                fcntl.flock(place, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(place)  # lets go
 
 
 @contextmanager

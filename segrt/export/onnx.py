@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import threading
 from collections.abc import Sequence
 from math import ceil, prod
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..arrays import Array, FloatArray, require
 from ..bundle import Bundle
 from ..engines import read_build
 from ..errors import BuildError, InputError
-from ..files import sha256, write_atomic
+from ..files import held, sha256, write_atomic
 from ..spec import OnnxNetwork, VNetSpec
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ MAX_REFERENCE_VALUES = 300_000
 _OUTPUTS = {"logits": "logits", "softmax": "probabilities", "argmax": "labels"}
 # A protobuf message ends at 2 GiB; what the graph needs besides weights is far below the margin.
 _MAX_BYTES = 2**31 - 2**24
-# Members exported by several threads are entries of one record.
-_RECORDING = threading.Lock()
 
 
 def export_onnx(bundle: Bundle, *, members: Sequence[str] | None = None, dynamic: bool = False, head: Head = "logits") -> list[Path]:
@@ -204,7 +201,7 @@ def _record(bundle: Bundle, member: str) -> None:
     """Keep the hash, by which engines notice a file that was changed; of a level also that of the whole network's file."""
     path = bundle.onnx_path(member)
     record = path.with_name("build.json")
-    with _RECORDING:
+    with held(record.parent):  # members exported by several threads or processes are entries of one record
         before = read_build(record)
         kept = {key: value for key in ("sha256", "level_of", "fp16_of") if isinstance(value := before.get(key), dict)}
         values = {**kept, "sha256": {**kept.get("sha256", {}), path.stem: sha256(path)}}

@@ -18,7 +18,7 @@ from ..arrays import Array, require
 from ..bundle import Bundle
 from ..engines import read_build
 from ..errors import BuildError
-from ..files import sha256, write_atomic
+from ..files import held, sha256, write_atomic
 
 Half = Literal["fp16", "bf16"]
 
@@ -83,10 +83,11 @@ def write_typed(bundle: Bundle, member: str) -> Path:
     source = bundle.onnx_path(member)
     path = write_atomic(bundle.onnx_path(f"{member}-fp16"), typed_onnx(source, "fp16", outputs="fp16"))
     record = source.with_name("build.json")
-    values = read_build(record)
-    values["sha256"] = {**values.get("sha256", {}), path.stem: sha256(path)}
-    values["fp16_of"] = {**values.get("fp16_of", {}), source.stem: sha256(source)}
-    write_atomic(record, json.dumps(values, indent=1) + "\n")
+    with held(record.parent):
+        values = read_build(record)
+        values["sha256"] = {**values.get("sha256", {}), path.stem: sha256(path)}
+        values["fp16_of"] = {**values.get("fp16_of", {}), source.stem: sha256(source)}
+        write_atomic(record, json.dumps(values, indent=1) + "\n")
     return path
 
 

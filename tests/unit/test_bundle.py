@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file
 
 from segrt.bundle import Bundle
 from segrt.errors import InputError, SpecError
-from segrt.files import sha256, staged_folder, write_atomic
+from segrt.files import held, sha256, staged_folder, write_atomic
 from segrt.spec import PreviousStage
 
 
@@ -175,6 +177,27 @@ def test_write_atomic_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
         write_atomic(path, 5)  # type: ignore[arg-type]
     assert path.read_text() == "old"
     assert names(tmp_path) == ["b.txt"]
+
+
+COUNT = """
+import sys
+from pathlib import Path
+from segrt.files import held, write_atomic
+path = Path(sys.argv[1]) / "made" / "count"
+for _ in range(50):
+    with held(path.parent):
+        write_atomic(path, str(int(path.read_text() if path.exists() else 0) + 1))
+"""
+
+
+def test_what_several_processes_change_in_a_held_folder_loses_nothing(tmp_path: Path) -> None:
+    running = [subprocess.Popen([sys.executable, "-c", COUNT, str(tmp_path)]) for _ in range(4)]
+    assert [process.wait() for process in running] == [0] * 4
+    assert (tmp_path / "made" / "count").read_text() == "200"
+    with pytest.raises(Stop), held(tmp_path / "made"):
+        raise Stop
+    with held(tmp_path / "made"):  # let go
+        assert names(tmp_path / "made") == ["count"]
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
