@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 
 Head = Literal["logits", "softmax", "argmax"]
 
-OPSET = 20
-IR_VERSION = 10  # of the release that brought this opset
+# All an export needs, and what most runtimes have kernels for: ONNX Runtime hands nodes whose operator changed in opset 19 (AveragePool,
+# Resize) to the CPU where its CUDA provider has only the older one (microsoft/onnxruntime#27415), and TensorRT 8.6 reads up to 17.
+OPSET = 17
+IR_VERSION = 8  # of the release that brought this opset
 # Logits kept per member in the reference: about a megabyte.
 MAX_REFERENCE_VALUES = 300_000
 # The name each head gives the graph's output.

@@ -22,8 +22,9 @@ from ..files import held, sha256, write_atomic
 
 Half = Literal["fp16", "bf16"]
 
-# the first one whose convolutions know bfloat16
+# the first ones whose convolutions know bfloat16, and whose quantisation knows scales in float16
 _BF16_OPSET = 22
+_HALF_SCALE_OPSET = 19
 _LARGEST = {"fp16": "65504", "bf16": "3.39e38"}
 
 # reads and writes 16 bits; sums are kept in float32 by the hardware
@@ -52,7 +53,8 @@ def typed_onnx(source: Path | bytes, precision: Half, *, inputs: Half | None = N
 
     Returns
     -------
-    bytes : the model, with the source's opset (22 at least for bf16) and names of inputs and outputs; its metadata says `precision`
+    bytes : the model, with the source's names of inputs and outputs and its opset (22 at least for bf16, 19 for int8); its metadata
+        says `precision`
 
     Raises
     ------
@@ -62,8 +64,10 @@ def typed_onnx(source: Path | bytes, precision: Half, *, inputs: Half | None = N
     onnx = require("onnx", extra="export")
     model = onnx.load_model_from_string(source if isinstance(source, bytes) else source.read_bytes())
     where = "the ONNX model" if isinstance(source, bytes) else str(source)
-    if precision == "bf16" and max(e.version for e in model.opset_import if e.domain in ("", "ai.onnx")) < _BF16_OPSET:
-        model = onnx.version_converter.convert_version(model, _BF16_OPSET)
+    quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    least = _BF16_OPSET if precision == "bf16" else _HALF_SCALE_OPSET if quantised else 0
+    if max(e.version for e in model.opset_import if e.domain in ("", "ai.onnx")) < least:
+        model = onnx.version_converter.convert_version(model, least)
     _Typing(onnx, model, precision, where).run({"input": inputs, "output": outputs})
     known = {prop.key: prop.value for prop in model.metadata_props}
     onnx.helper.set_model_props(model, {"precision": precision, **known, "inputs": inputs or "fp32", "outputs": outputs or "fp32"})
