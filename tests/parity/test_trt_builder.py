@@ -215,14 +215,19 @@ def test_what_the_parser_or_builder_refuses_is_in_the_sentence(builder: Run, tmp
 # ------------------------------------------------------------------ full size
 @pytest.mark.slow
 def test_the_31_million_parameter_network(builder: Run, tmp_path: Path) -> None:
-    spec = make_spec(values=range(16), patch=(64, 160, 160), network=LARGE)
+    """INT8 of smaller windows, for its calibration runs the network here."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = build(LARGE)
     assert sum(p.numel() for p in network.parameters()) > 30e6
-    bundle = Bundle.create(tmp_path / "bundle", spec, weights={"0": network.state_dict()})
-    export_onnx(bundle)
-    fp32, fp16, bf16, int8 = builder(*jobs_of(bundle, tmp_path))
+    jobs = []
+    for patch, chosen in (((64, 160, 160), slice(3)), ((32, 64, 64), slice(3, 4))):
+        folder = tmp_path / str(patch[0])
+        spec = make_spec(values=range(16), patch=patch, network=LARGE)
+        bundle = Bundle.create(folder / "bundle", spec, weights={"0": network.state_dict()})
+        export_onnx(bundle)
+        jobs += jobs_of(bundle, folder)[chosen]
+    fp32, fp16, bf16, int8 = builder(*jobs)
     for answer in (fp32, fp16, bf16, int8):
         assert "error" not in answer
     assert fp16["bytes"] < 0.6 * fp32["bytes"]
