@@ -347,11 +347,12 @@ def test_resumed_processes_drop_what_they_would_have_dropped(tmp_path: Path) -> 
 
 
 def _in_group(folder: Path, *options: object) -> None:
-    """Two processes train in `folder`."""
+    """Two processes train in `folder`; a fork server has imported torch and its compiler for all that are started here."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "segrt.train.loop"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.start_processes(train_in_group, (2, str(folder), port, *options), nprocs=2, start_method="spawn")
+    multiprocessing.start_processes(train_in_group, (2, str(folder), port, *options), nprocs=2, start_method="forkserver")
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
