@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
+from commands import run_command
 
 PATIENTS, SIZES = 6, ((40, 48), (56, 44))
 PNG = b"\x89PNG"
-
-
-def segrt(name: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", f"from segrt.cli.{name} import main; main()", *map(str, arguments)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == code, answer.stderr
-    return answer
 
 
 def write(path: Path, data: np.ndarray) -> None:
@@ -53,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path,
     pairing = ["--masks", data / "masks", "--image-suffix", ".png", "--mask-suffix", "_mask.png", "--mask-threshold", "0"]
     small = ["--epochs", "12", "--width", "0.125", "--size", "48", "--batch-size", "4", "--lr", "0.02"]
     quick = ["--workers", "0", "--validation-batches", "1", "--schedule", "step", "--step-epochs", "8,10", "--augmentation", "none"]
-    answer = segrt("train", data / "images", *pairing, "--model", "unetpp", "-o", bundle, *small, *quick, "--weights", "last")
+    answer = run_command("train", data / "images", *pairing, "--model", "unetpp", "-o", bundle, *small, *quick, "--weights", "last")
     return bundle, answer.stderr
 
 
@@ -77,8 +69,8 @@ def test_a_training_says_what_it_does_and_keeps_it(trained: tuple[Path, str]) ->
 
 def test_masks_come_back_in_the_pictures_size_and_format(tmp_path: Path, data: Path, trained: tuple[Path, str]) -> None:
     bundle, _ = trained
-    segrt("build", bundle)
-    answer = segrt("predict", data / "images", tmp_path / "out", "--model", bundle)
+    run_command("build", bundle)
+    answer = run_command("predict", data / "images", tmp_path / "out", "--model", bundle)
     names = sorted(path.name for path in (data / "images").iterdir())
     assert sorted(path.name for path in (tmp_path / "out").glob("P*")) == names
     found = 0
@@ -94,7 +86,7 @@ def test_masks_come_back_in_the_pictures_size_and_format(tmp_path: Path, data: P
 
 
 def test_an_overview_is_a_choice(tmp_path: Path, data: Path, trained: tuple[Path, str]) -> None:
-    segrt("predict", data / "images" / "P0_0.png", tmp_path / "out", "--model", trained[0], "--backend", "pytorch", "--no-overview")
+    run_command("predict", data / "images" / "P0_0.png", tmp_path / "out", "--model", trained[0], "--backend", "pytorch", "--no-overview")
     assert not (tmp_path / "out" / "overview.png").exists()
-    segrt("predict", data / "images" / "P0_0.png", tmp_path / "two", "--model", trained[0], "--backend", "pytorch", "--overview")
+    run_command("predict", data / "images" / "P0_0.png", tmp_path / "two", "--model", trained[0], "--backend", "pytorch", "--overview")
     assert (tmp_path / "two" / "overview.png").exists()

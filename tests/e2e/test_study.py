@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from train_jobs import write_dataset
 
 from segrt.bundle import Bundle
@@ -22,7 +23,7 @@ from segrt.report.curves import read_rows
 from segrt.train.run import train_model
 from segrt.train.study import run_study
 from segrt.train.study_plan import plan_runs
-from segrt.train.study_results import Study, load_study
+from segrt.train.study_results import RunRecord, Study, load_study
 
 SMALL = (
     "--cores",
@@ -50,9 +51,8 @@ def _start(data: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def _run(data: Path, folder: Path, *flags: str) -> tuple[int, str, str]:
-    process = _start(data, folder, *flags)
-    out, err = process.communicate(timeout=900)
-    return process.returncode, out, err
+    done = run_command("study", data, "-o", folder, *SMALL, *flags, code=None)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +106,21 @@ def test_a_study_compares_what_did_not_fail(study: Path) -> None:
     assert all((study / f"{name}.{kind}").is_file() for name in ("dice", "runs") for kind in ("csv", "md", "tex"))
 
 
-@pytest.mark.slow
-def test_a_run_is_segrt_trains_own(study: Path, data: Path, tmp_path: Path) -> None:
-    (record,) = (run for run in load_study(study / "study.json").runs if run.name == "vnet-adamw")
+def _train_alone(data: Path, folder: Path, record: RunRecord) -> Bundle:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the run had, for sums over more threads differ in their last digits
     try:
-        alone = train_model(data, tmp_path / "alone", record.config)
+        bundle = train_model(data, folder, record.config)
     finally:
         torch.set_num_threads(threads)
-    assert alone is not None
+    assert bundle is not None
+    return bundle
+
+
+@pytest.mark.slow
+def test_a_run_is_segrt_trains_own(study: Path, data: Path, tmp_path: Path) -> None:
+    (record,) = (run for run in load_study(study / "study.json").runs if run.name == "vnet-adamw")
+    alone = _train_alone(data, tmp_path / "alone", record)
     bundle = Bundle.open(study / "vnet-adamw")
     assert sha256(bundle.weights_path("0")) == sha256(alone.weights_path("0"))
     assert bundle.spec == alone.spec
@@ -137,10 +142,8 @@ def test_finished_runs_are_not_repeated(study: Path, data: Path) -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on(data: Path, tmp_path: Path) -> None:
-    settings = ("--models", "vnet", "--iters", "15", "--validation-batches", "0", "--save-interval", "3", "-v")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert _run(data, whole, *settings, "--optimizers", "adam")[0] == 0
-    flags = (*settings, "--optimizers", "adam,adamw")
+    parts = tmp_path / "parts"
+    flags = ("--models", "vnet", "--iters", "15", "--validation-batches", "0", "--save-interval", "3", "-v", "--optimizers", "adam,adamw")
     process = _start(data, parts, *flags)
     end = time.monotonic() + 240
     while not list(parts.glob("vnet-adam.train/vnet/fold_0/checkpoints/iter_*")) and time.monotonic() < end:
@@ -154,7 +157,9 @@ def test_an_interrupted_study_goes_on(data: Path, tmp_path: Path) -> None:
     code, _, err = _run(data, parts, *flags)
     assert code == 0, err
     assert [run["status"] for run in json.loads((parts / "study.json").read_text())["runs"]] == ["finished", "finished"]
-    assert sha256(parts / "vnet-adam" / "weights" / "0.safetensors") == sha256(whole / "vnet-adam" / "weights" / "0.safetensors")
+    (record,) = (run for run in load_study(parts / "study.json").runs if run.name == "vnet-adam")
+    whole = _train_alone(data, tmp_path / "whole", record)
+    assert sha256(parts / "vnet-adam" / "weights" / "0.safetensors") == sha256(whole.weights_path("0"))
 
 
 def _tiny(data: Path, folder: Path, *, lr: float = 0.01, force: bool = False) -> Study:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_command
 from train_jobs import write_dataset
 
 from segrt.bundle import Bundle
@@ -30,13 +31,6 @@ def _segrt(name: str) -> list[str]:
     return [sys.executable, "-c", f"from segrt.cli.{name} import main; main()"]
 
 
-def _command(name: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [*_segrt(name), *map(str, arguments)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ONE_THREAD)
-    assert answer.returncode == code, answer.stderr
-    return answer
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset") / "data")
@@ -46,12 +40,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """What was trained without a disturbance, its loader a process of its own."""
     path = tmp_path_factory.mktemp("undisturbed") / "balls"
-    assert "ready for segrt-build and segrt-predict" in _command("train", data, "-o", path, *LOADED).stderr
+    assert "ready for segrt-build and segrt-predict" in run_command("train", data, "-o", path, *LOADED, threads=1).stderr
     return path
 
 
 def test_train_build_predict_give_the_dice_of_the_validation(tmp_path: Path, model: Path, data: Path) -> None:
-    _command("build", model, "--device", "cpu")
+    run_command("build", model, "--device", "cpu")
     summary = load_summary(model.with_name("balls.train") / "3d_fullres" / "fold_0" / "validation")
     assert [case.name for case in summary.cases] == ["ball_003", "ball_004"]
     assert summary.mean_dice > 0.3
@@ -60,7 +54,7 @@ def test_train_build_predict_give_the_dice_of_the_validation(tmp_path: Path, mod
     images.mkdir()
     for case in summary.cases:
         (images / f"{case.name}_0000.nii.gz").symlink_to(data / "imagesTr" / f"{case.name}_0000.nii.gz")
-    _command("predict", images, tmp_path / "out", "-m", model, "--device", "cpu", "--no-postprocess")
+    run_command("predict", images, tmp_path / "out", "-m", model, "--device", "cpu", "--no-postprocess")
     found: list[list[float]] = []
     for case in summary.cases:
         labels, _ = read_labels(tmp_path / "out" / f"{case.name}.nii.gz")
@@ -96,7 +90,7 @@ def test_a_stopped_training_goes_on_with_the_same_command(tmp_path: Path, model:
         assert process.wait() == 130, rest
     assert "stopped; the same command goes on from here" in rest
     assert not (tmp_path / "m").exists()
-    told = _command("train", *arguments, "-v").stderr
+    told = run_command("train", *arguments, "-v", threads=1).stderr
     assert "going on from iteration" in told
     assert "measuring 5 cases" not in told  # check and fingerprint are kept
     # its losses are those of the undisturbed one, patches and augmentations included
@@ -106,7 +100,7 @@ def test_a_stopped_training_goes_on_with_the_same_command(tmp_path: Path, model:
     assert own == undisturbed
     assert sha256(tmp_path / "m" / "weights" / "0.safetensors") == sha256(model / "weights" / "0.safetensors")
     # the bundle is there: once more is an error before anything is read
-    assert "pass --force" in _command("train", *arguments, code=2).stderr
+    assert "pass --force" in run_command("train", *arguments, code=2).stderr
 
 
 @pytest.mark.slow
@@ -131,7 +125,7 @@ def test_two_processes_train_one_model(tmp_path: Path, data: Path) -> None:
     for process in group:
         _, told = process.communicate(timeout=200)
         assert process.returncode == 0, told
-    _command("train", *arguments, "-o", tmp_path / "one")
+    run_command("train", *arguments, "-o", tmp_path / "one", threads=1)
     losses = [
         [float(line.split(",")[1]) for line in (tmp_path / name / "reports/fold_0/training.csv").read_text().splitlines()[1:]]
         for name in ("one", "two")

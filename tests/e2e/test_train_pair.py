@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_command
 from train_jobs import write_dataset
 
 from segrt.bundle import Bundle
@@ -47,13 +46,6 @@ def work(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return folder
 
 
-def _command(name: str, *arguments: object) -> str:
-    command = [sys.executable, "-c", f"from segrt.cli.{name} import main; main()", *map(str, arguments)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout
-
-
 def test_a_pair_is_one_bundle_that_predicts_what_was_scored(work: Path, data: Path) -> None:
     bundle = Bundle.open(work / "model")
     assert bundle.partner is not None
@@ -81,7 +73,7 @@ def test_reports_tell_of_the_pair_and_of_each(work: Path) -> None:
 
 @pytest.mark.slow
 def test_build_and_predict_take_a_pair_like_any_bundle(work: Path, data: Path, tmp_path: Path) -> None:
-    told = _command("build", work / "model", "--device", "cpu")
+    told = run_command("build", work / "model", "--device", "cpu").stdout
     assert "a pair with data in" in told
     bundle = Bundle.open(work / "model")
     for part in (bundle, bundle.partner):
@@ -92,7 +84,7 @@ def test_build_and_predict_take_a_pair_like_any_bundle(work: Path, data: Path, t
     images.mkdir()
     for case in summary.cases:
         (images / f"{case.name}_0000.nii.gz").symlink_to(data / "imagesTr" / f"{case.name}_0000.nii.gz")
-    _command("predict", images, tmp_path / "out", "-m", work / "model", "--device", "cpu", "--folds", "1", "--no-postprocess")
+    run_command("predict", images, tmp_path / "out", "-m", work / "model", "--device", "cpu", "--folds", "1", "--no-postprocess")
     record = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert len(record["settings"]["engines"]) == 2
     assert record["bundle_sha256"] == bundle.fingerprint
@@ -118,7 +110,7 @@ def test_the_best_of_configurations_and_pairs(work: Path, data: Path) -> None:
 def test_pairs_may_be_left_out(work: Path, data: Path) -> None:
     same = ("--iters", 2, "--width", 0.125, "--validation-interval", 2, "--validation-batches", 1, "--workers", 0, "--split", "kfold")
     flags = ("--find-best", "-c", "2d,3d_fullres", "--no-pairs", "-f", "0,1", "--device", "cpu", "--work", work / "work")
-    _command("train", data, "-o", work / "single", *same, *flags)
+    run_command("train", data, "-o", work / "single", *same, *flags)
     scores = json.loads((work / "single" / "reports" / "configurations.json").read_text())
     assert list(scores["configurations"]) == ["2d", "3d_fullres"]
     assert Bundle.open(work / "single").partner is None
