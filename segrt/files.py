@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 _THREADS = threading.Lock()
@@ -39,17 +39,30 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
 def held(folder: Path) -> Iterator[None]:
     """Keep every other thread and process that asks for the same folder waiting, so that a file in it may be read, changed and written.
 
-    A file system that cannot lock a folder (NFS) lets other processes go on; threads always wait.
+    Whoever has a folder must not ask for it again. A file system that cannot lock a folder (NFS) lets other processes go on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _THREADS:
-        place = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    place = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with _locked(place):
+            yield
+    finally:
+        os.close(place)
+
+
+@contextmanager
+def _locked(place: int) -> Iterator[None]:
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)  # an open file's own: threads wait for each other too
+        locked = True
+    except OSError:
+        locked = False
+    with nullcontext() if locked else _THREADS:
         try:
-            with suppress(OSError):
-                fcntl.flock(place, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(place)  # lets go
+            if locked:
+                fcntl.flock(place, fcntl.LOCK_UN)  # closing is not enough where a forked child has the same open file
 
 
 @contextmanager

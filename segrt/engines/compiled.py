@@ -22,7 +22,7 @@ def check_compiled(bundle: Bundle, member: str, file: Path, build: Mapping[str, 
     BackendError
         When the ONNX file or the compiled one is not that of the record.
     """
-    rebuild = f"rebuild it with: {bundle.build_command} --force"
+    rebuild = _rebuild(bundle, build)
     members = build.get("members")
     known = members.get(member) if isinstance(members, dict) else None
     entry: dict[str, Any] = known if isinstance(known, dict) else {}
@@ -35,7 +35,7 @@ def check_compiled(bundle: Bundle, member: str, file: Path, build: Mapping[str, 
     return entry
 
 
-def check_window(bundle: Bundle, file: Path, window: Sequence[int]) -> None:
+def check_window(bundle: Bundle, file: Path, window: Sequence[int], build: Mapping[str, Any]) -> None:
     """Refuse an engine compiled for other windows (channels first) than the model describes.
 
     Raises
@@ -48,5 +48,12 @@ def check_window(bundle: Bundle, file: Path, window: Sequence[int]) -> None:
     if tuple(window) != wanted:
         raise BackendError(
             f"{file} was compiled for windows of {' x '.join(str(n) for n in window)} (channels first), model.json describes "
-            f"{' x '.join(str(n) for n in wanted)}; rebuild it with: {bundle.build_command} --force"
+            f"{' x '.join(str(n) for n in wanted)}; {_rebuild(bundle, build)}"
         )
+
+
+def _rebuild(bundle: Bundle, build: Mapping[str, Any]) -> str:
+    """What makes an engine again; without --force, which would keep one that does not give the network's labels."""
+    place = " --backend tensorrt --device cuda" if str(build.get("key", "")).startswith("tensorrt-") else ""
+    precision = f" --{built}" if isinstance(built := build.get("precision"), str) else ""
+    return f"rebuild it with: {bundle.build_command}{place}{precision}"

@@ -83,7 +83,7 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int) -> Op
     if blob.is_file() and build.get("cpu") == cpu_name():
         held = check_compiled(bundle, member, blob, build).get("held_bytes", 0)
         engine = open_blob(blob, precision=precision, dimensions=bundle.spec.dimensions, threads=threads, held_bytes=held)
-        check_window(bundle, blob, engine.window)
+        check_window(bundle, blob, engine.window, build)
         return engine
     if precision != "fp32":
         # what loses digits is not trusted before it was held against the fp32 network

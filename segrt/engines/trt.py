@@ -177,7 +177,7 @@ def open_member(bundle: Bundle, member: str, precision: str, threads: int, devic
     file, record = find_plan(bundle, member, precision, this_machine(device))
     compatible = record.get("compatible") is True
     engine = open_plan(file, device=device, precision=precision, compatible=compatible)
-    check_window(bundle, file, engine.window)
+    check_window(bundle, file, engine.window, record)
     return engine
 
 

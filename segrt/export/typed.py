@@ -8,6 +8,7 @@ Operators nobody has looked at stay in float32, so a normalisation spelt out as 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -59,21 +60,11 @@ def typed_onnx(source: Path | bytes, precision: Half, *, inputs: Half | None = N
     Raises
     ------
     BuildError
-        When the model is no float32 one, has control flow, or a weight does not fit into 16 bits; the sentence names the weight.
+        When the model is no float32 one, has control flow or operators that ONNX does not know, or a weight does not fit into 16 bits;
+        the sentence names the weight.
     """
-    onnx = require("onnx", extra="export")
-    model = onnx.load_model_from_string(source if isinstance(source, bytes) else source.read_bytes())
-    where = "the ONNX model" if isinstance(source, bytes) else str(source)
-    quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    least = _BF16_OPSET if precision == "bf16" else _HALF_SCALE_OPSET if quantised else 0
-    if max(e.version for e in model.opset_import if e.domain in ("", "ai.onnx")) < least:
-        model = onnx.version_converter.convert_version(model, least)
-    _Typing(onnx, model, precision, where).run({"input": inputs, "output": outputs})
-    known = {prop.key: prop.value for prop in model.metadata_props}
-    onnx.helper.set_model_props(model, {"precision": precision, **known, "inputs": inputs or "fp32", "outputs": outputs or "fp32"})
-    onnx.checker.check_model(model, full_check=True)
-    content: bytes = model.SerializeToString(deterministic=True)
-    return content
+    content, where = (source, "the ONNX model") if isinstance(source, bytes) else (source.read_bytes(), str(source))
+    return _retyped(content, where, precision, inputs, outputs)
 
 
 def write_typed(bundle: Bundle, member: str) -> Path:
@@ -85,14 +76,48 @@ def write_typed(bundle: Bundle, member: str) -> Path:
         When the member's ONNX file cannot be had in float16.
     """
     source = bundle.onnx_path(member)
-    path = write_atomic(bundle.onnx_path(f"{member}-fp16"), typed_onnx(source, "fp16", outputs="fp16"))
+    content = source.read_bytes()  # once: another process may export new weights meanwhile
+    path = write_atomic(bundle.onnx_path(f"{member}-fp16"), _retyped(content, str(source), "fp16", None, "fp16"))
     record = source.with_name("build.json")
     with held(record.parent):
         values = read_build(record)
         values["sha256"] = {**values.get("sha256", {}), path.stem: sha256(path)}
-        values["fp16_of"] = {**values.get("fp16_of", {}), source.stem: sha256(source)}
+        values["fp16_of"] = {**values.get("fp16_of", {}), source.stem: hashlib.sha256(content).hexdigest()}
         write_atomic(record, json.dumps(values, indent=1) + "\n")
     return path
+
+
+def _retyped(content: bytes, where: str, precision: Half, inputs: Half | None, outputs: Half | None) -> bytes:
+    onnx = require("onnx", extra="export")
+    model = onnx.load_model_from_string(content)
+    if model.functions or any(a.type in (a.GRAPH, a.GRAPHS) for node in model.graph.node for a in node.attribute):
+        raise BuildError(f"{where}: has control flow or functions of its own, which TensorRT's types cannot be set for; use precision fp32")
+    try:
+        model = _lifted(onnx, model, precision)
+        _Typing(onnx, model, precision, where).run({"input": inputs, "output": outputs})
+        known = {prop.key: prop.value for prop in model.metadata_props}
+        onnx.helper.set_model_props(model, {"precision": precision, **known, "inputs": inputs or "fp32", "outputs": outputs or "fp32"})
+        onnx.checker.check_model(model, full_check=True)
+    except BuildError:
+        raise
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError) as err:
+        reason = str(err).splitlines()[0]
+        raise BuildError(
+            f"{where}: cannot be had in {precision}: {reason}; use precision fp32, or export it with standard operators"
+        ) from err
+    typed: bytes = model.SerializeToString(deterministic=True)
+    return typed
+
+
+def _lifted(onnx: Any, model: Any, precision: Half) -> Any:
+    """The model in an opset that has what its types need."""
+    quantised = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+    least = _BF16_OPSET if precision == "bf16" else _HALF_SCALE_OPSET if quantised else 0
+    if max((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), default=least) >= least:
+        return model
+    model = onnx.version_converter.convert_version(model, least)
+    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", least)]))
+    return model
 
 
 class _Typing:
@@ -201,8 +226,6 @@ def _hoist_constants(onnx: Any, model: Any) -> None:
 
 def _element_types(onnx: Any, model: Any, where: str) -> dict[str, int]:
     """Value name -> element type, for every value of the graph."""
-    if model.functions or any(a.type in (a.GRAPH, a.GRAPHS) for node in model.graph.node for a in node.attribute):
-        raise BuildError(f"{where}: has control flow or functions of its own, which TensorRT's types cannot be set for; use precision fp32")
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
     kinds = {t.name: t.data_type for t in inferred.initializer}
     for value in (*inferred.input, *inferred.output, *inferred.value_info):

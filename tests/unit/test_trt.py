@@ -159,11 +159,13 @@ def test_a_plan_kept_by_force_is_marked(bundle: Bundle, caplog: pytest.LogCaptur
 
 
 def test_windows_are_those_of_the_model(bundle: Bundle, tmp_path: Path) -> None:
-    check_window(bundle, tmp_path / "0.plan", (1, 8, 8, 8))
-    with pytest.raises(BackendError, match=r"0\.plan was compiled for windows of 1 x 8 x 8 x 9 .* describes 1 x 8 x 8 x 8"):
-        check_window(bundle, tmp_path / "0.plan", (1, 8, 8, 9))
+    record = {"key": "tensorrt-11.4-sm90-fp16-b4", "precision": "fp16"}
+    check_window(bundle, tmp_path / "0.plan", (1, 8, 8, 8), record)
+    with pytest.raises(BackendError, match=r"0\.plan was compiled for windows of 1 x 8 x 8 x 9 .* describes 1 x 8 x 8 x 8") as refused:
+        check_window(bundle, tmp_path / "0.plan", (1, 8, 8, 9), record)
+    assert str(refused.value).endswith(f"rebuild it with: segrt-build {bundle.path} --backend tensorrt --device cuda --fp16")
     flat = make_bundle(tmp_path / "flat", make_spec(patch=(1, 16, 8)))
-    check_window(flat, tmp_path / "0.plan", (1, 16, 8))
+    check_window(flat, tmp_path / "0.plan", (1, 16, 8), record)
 
 
 # ------------------------------------------------------------------ no GPU

@@ -15,10 +15,12 @@ from typed_models import OTHER_FAMILIES, as_stored, held_against, node_types, ra
 
 from segrt.arrays import Array
 from segrt.bundle import Bundle
+from segrt.engines.onnxrt import model_file
 from segrt.errors import BuildError
 from segrt.export.importers import import_nnunet
 from segrt.export.onnx import export_onnx
-from segrt.export.typed import typed_onnx
+from segrt.export.typed import typed_onnx, write_typed
+from segrt.files import write_atomic
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "bundle"
@@ -110,18 +112,27 @@ def test_inputs_and_outputs_may_be_16_bits(bundle: Bundle) -> None:
 
 def test_bfloat16_leaves_in_float32_what_tensorrt_has_no_kernels_for(bundle: Bundle) -> None:
     typed = onnx.load_model_from_string(typed_onnx(bundle.onnx_path("0"), "bf16"))
-    assert typed.opset_import[0].version == 22
+    assert (typed.opset_import[0].version, typed.ir_version) == (22, 10)
     for operator, kinds in node_types(typed):
         if operator != "Cast":
             assert kinds == ({BF16} if operator in IN_HALF - NOT_BF16 else {FLOAT}), operator
 
 
 # ------------------------------------------------------------------ other graphs
-def model_of(nodes: list[Any], tensors: dict[str, Array], shape: tuple[int, ...] = (1, 2, 4, 4), **options: Any) -> bytes:
+def model_of(
+    nodes: list[Any],
+    tensors: dict[str, Array],
+    shape: tuple[int, ...] = (1, 2, 4, 4),
+    *,
+    opset: int = 20,
+    ir_version: int = 10,
+    **more: Any,
+) -> bytes:
     values = [helper.make_tensor_value_info(name, FLOAT, shape) for name in ("x", "y")]
     weights = [numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items()]
     graph = helper.make_graph(nodes, "by hand", values[:1], values[1:], weights)
-    content: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10, **options).SerializeToString()
+    opsets = [helper.make_opsetid("", opset)]
+    content: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, **more).SerializeToString()
     return content
 
 
@@ -174,6 +185,43 @@ def test_an_output_that_is_read_again_is_cast_once() -> None:
     assert run(content, np.ones((1, 2, 4, 4), np.float32)).dtype == np.float32
 
 
+@pytest.mark.parametrize("weights_alone", [False, True])
+def test_scales_in_float16_need_a_younger_quantisation(weights_alone: bool) -> None:
+    values = {"w": (KERNEL * 10).astype(np.int8), "s": np.float32(0.125), "z": np.int8(0)}
+    image = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]), helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"])]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"]),
+        helper.make_node("Conv", ["x" if weights_alone else "d", "v"], ["y"]),
+    ]
+    source = model_of(nodes if weights_alone else image + nodes, values, opset=17, ir_version=8)
+    content = typed_onnx(source, "fp16")
+    typed = onnx.load_model_from_string(content)
+    assert (typed.opset_import[0].version, typed.ir_version) == (19, 9)
+    patches = np.random.default_rng(1).integers(-9, 9, (1, 2, 4, 4)).astype(np.float32) / 8
+    assert run(content, patches) == pytest.approx(run(source, patches), rel=1e-3)
+
+
+def test_a_typed_file_vouches_for_the_weights_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when another process exports others before it is on record."""
+    made = random_bundle(tmp_path / "b", UNET_3D)
+    write_typed(made, "0")
+    assert model_file(made, "0", "fp16")[1] == "fp16"
+
+    def meanwhile(path: Path, content: str | bytes) -> Path:
+        if path.stem == "0-fp16":
+            source = onnx.load(made.onnx_path("0"))
+            source.graph.initializer[0].raw_data = bytes(len(source.graph.initializer[0].raw_data))
+            write_atomic(made.onnx_path("0"), source.SerializeToString())
+        return write_atomic(path, content)
+
+    with monkeypatch.context() as changed:
+        changed.setattr("segrt.export.typed.write_atomic", meanwhile)
+        write_typed(made, "0")
+    assert model_file(made, "0", "fp16")[1] == "fp32"
+    write_typed(made, "0")
+    assert model_file(made, "0", "fp16")[1] == "fp16"
+
+
 # ------------------------------------------------------------------ refusals
 @pytest.mark.parametrize(
     ("precision", "value", "words"), [("fp16", 7e4, "holds 70000, beyond the range of fp16"), ("bf16", np.nan, "holds nan")]
@@ -211,6 +259,7 @@ def with_function() -> bytes:
     [
         (with_if, "has control flow or functions"),
         (with_function, "has control flow or functions"),
+        (lambda: model_of([helper.make_node("Frob", ["x"], ["y"])], {}), "cannot be had in fp16: No Op registered for Frob"),
         (lambda: typed_onnx(model_of([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": KERNEL}), "fp16"), "holds 16-bit values already"),
     ],
 )
