@@ -9,35 +9,56 @@ import importlib
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
+from typing import Any
 
 # what trainings import, torch's compiler included, which its optimizers do
 PRELOADED = ["torch._dynamo", "segrt.train.run", "segrt.cli.train", "segrt.cli.study"]
 
 
-def run_command(name: str, *arguments: object, code: int | None = 0, threads: int | None = None) -> CompletedProcess[str]:
-    """Run `segrt-<name>`; of `threads`, sums over more may differ in their last digits. Its exit code has to be `code`, None for any."""
+def start(target: Callable[..., object], *arguments: Any) -> Any:
+    """Run a function of a module in a process, which is given."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with TemporaryDirectory() as folder:
-        told = [Path(folder, stream) for stream in ("stdout", "stderr")]
-        process = context.Process(target=_work, args=(name, list(map(str, arguments)), list(map(str, told)), threads))
-        process.start()
-        process.join()
-        out, err = (path.read_text() for path in told)
-    assert process.exitcode is not None
-    assert code in (None, process.exitcode), err
-    return CompletedProcess([f"segrt-{name}", *map(str, arguments)], process.exitcode, out, err)
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
-def _work(name: str, arguments: list[str], told: list[str], threads: int | None) -> None:
+class Command:
+    """A running `segrt-<name>`; of `threads`, sums over more may differ in their last digits."""
+
+    def __init__(self, name: str, *arguments: object, threads: int | None = None, environment: Mapping[str, str] | None = None) -> None:
+        self.line = [f"segrt-{name}", *map(str, arguments)]
+        self._folder = TemporaryDirectory()
+        self._told = [str(Path(self._folder.name, stream)) for stream in ("stdout", "stderr")]
+        self._process = start(_work, name, self.line, self._told, threads, dict(environment or {}))
+
+    def finish(self) -> CompletedProcess[str]:
+        """Wait for its end."""
+        self._process.join()
+        out, err = (Path(path).read_text() for path in self._told)
+        self._folder.cleanup()
+        return CompletedProcess(self.line, self._process.exitcode, out, err)
+
+
+def run_command(name: str, *arguments: object, code: int | None = 0, threads: int | None = None) -> CompletedProcess[str]:
+    """Run a command to its end; its exit code has to be `code`, None for any."""
+    done = Command(name, *arguments, threads=threads).finish()
+    assert code in (None, done.returncode), done.stderr
+    return done
+
+
+def _work(name: str, line: list[str], told: list[str], threads: int | None, environment: dict[str, str]) -> None:
     for number, path in enumerate(told, 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
         os.close(file)
+    os.environ |= environment
     if threads is not None:
         importlib.import_module("torch").set_num_threads(threads)
-    sys.argv = [f"segrt-{name}", *arguments]
+    sys.argv = line
     importlib.import_module(f"segrt.cli.{name}").main()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run_command
+from commands import Command, run_command
 from train_jobs import write_dataset
 
 from segrt.bundle import Bundle
@@ -110,21 +110,12 @@ def test_two_processes_train_one_model(tmp_path: Path, data: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    group = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [*_segrt("train"), *arguments, "-o", str(tmp_path / "two")]
-        group.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    group = [Command("train", *arguments, "-o", tmp_path / "two", threads=1, environment=own) for own in ranks]
     for process in group:
-        _, told = process.communicate(timeout=200)
-        assert process.returncode == 0, told
+        told = process.finish()
+        assert told.returncode == 0, told.stderr
     run_command("train", *arguments, "-o", tmp_path / "one", threads=1)
     losses = [
         [float(line.split(",")[1]) for line in (tmp_path / name / "reports/fold_0/training.csv").read_text().splitlines()[1:]]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from commands import start
 from factories import UNET_3D, make_spec
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from segrt.errors import InputError, SpecError
-from segrt.spec import VNetSpec
+from segrt.networks import build, initialize
+from segrt.spec import UNetSpec, VNetSpec
 from segrt.train.losses import DiceCELoss, MixedLoss, RegionLoss, SupervisedLoss, build_loss, supervision_weights
 
 # (loss, batch Dice, ignored voxels) -> what nnU-Net's DC_and_CE_loss and DC_and_BCE_loss give for `logits` and `labels`: the loss, the
@@ -219,55 +222,44 @@ def test_frozen_class_weights_are_those_of_medicalseg() -> None:
     assert loss.frozen.numpy() == pytest.approx((1 - p).sum(1) / p.sum(1), rel=1e-5)
 
 
-WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from segrt.networks import build, initialize
-from segrt.spec import UNetSpec
-from segrt.train.losses import DiceCELoss, SupervisedLoss, supervision_weights
-
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{world}", rank=rank, world_size=world)
-three = dict(kernels=((3, 3, 3),) * 3, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), blocks=(1,) * 3, decoder_convs=(1,) * 2)
-spec = UNetSpec(family="plain_unet", dimensions=3, in_channels=1, out_channels=3, features=(4, 6, 8), **three)
-network = build(spec, deep_supervision=True)
-initialize(network, generator=torch.Generator().manual_seed(1))
-generator = torch.Generator().manual_seed(2)
-data = torch.randn(4, 1, 8, 8, 8, generator=generator)
-targets = [torch.randint(0, 3, (4, 1, n, n, n), generator=generator) for n in (8, 4)]
-loss = SupervisedLoss(DiceCELoss(batch_dice=True, distributed=world > 1), supervision_weights(spec), distributed=world > 1)
-optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-model = DistributedDataParallel(network) if world > 1 else network
-share = slice(rank * 4 // world, (rank + 1) * 4 // world)
-values = []
-for _ in range(4):
-    optimizer.zero_grad()
-    value, _ = loss(model(data[share]), [target[share] for target in targets])
-    value.backward()
-    optimizer.step()
-    value = value.detach() / world
-    dist.all_reduce(value)
-    values.append(float(value))
-if rank == 0:
-    print(values)
-dist.destroy_process_group()
-"""
+def learn(rank: int, world: int, folder: str) -> None:
+    """Four steps of one process of `world`; the first writes the common losses to losses<world>.json."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting{world}", rank=rank, world_size=world)
+    three: dict[str, Any] = {"kernels": ((3, 3, 3),) * 3, "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2)), "blocks": (1,) * 3}
+    spec = UNetSpec(family="plain_unet", dimensions=3, in_channels=1, out_channels=3, features=(4, 6, 8), decoder_convs=(1,) * 2, **three)
+    network = build(spec, deep_supervision=True)
+    initialize(network, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    data = torch.randn(4, 1, 8, 8, 8, generator=generator)
+    targets = [torch.randint(0, 3, (4, 1, n, n, n), generator=generator) for n in (8, 4)]
+    loss = SupervisedLoss(DiceCELoss(batch_dice=True, distributed=world > 1), supervision_weights(spec), distributed=world > 1)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    model = DistributedDataParallel(network) if world > 1 else network
+    share = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    values = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        value, _ = loss(model(data[share]), [target[share] for target in targets])
+        value.backward()
+        optimizer.step()
+        value = value.detach() / world
+        distributed.all_reduce(value)
+        values.append(float(value))
+    if rank == 0:
+        Path(folder, f"losses{world}.json").write_text(json.dumps(values))
+    distributed.destroy_process_group()
 
 
 def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
     """Batch Dice over both processes, DDP's mean of the gradients: the losses of four steps are those of one process."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    answers = []
     for world in (1, 2):
-        command = [sys.executable, str(tmp_path / "worker.py")]
-        running = [subprocess.Popen([*command, str(r), str(world), str(tmp_path)], stdout=subprocess.PIPE, text=True) for r in range(world)]
-        texts = [process.communicate(timeout=120)[0] for process in running]
-        assert [process.returncode for process in running] == [0] * world
-        answers.append([float(v) for v in texts[0].strip(" []\n").split(",")])
-    assert answers[0] == pytest.approx(answers[1], abs=2e-6)
-    assert answers[0][-1] < answers[0][0]
+        running = [start(learn, rank, world, str(tmp_path)) for rank in range(world)]
+        for process in running:
+            process.join(120)
+        assert [process.exitcode for process in running] == [0] * world
+    one, two = (json.loads((tmp_path / f"losses{world}.json").read_text()) for world in (1, 2))
+    assert one == pytest.approx(two, abs=2e-6)
+    assert one[-1] < one[0]
 
 
 # ------------------------------------------------------------------ coefficients and class weights against their definition

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from commands import start
 from factories import UNET_3D
 from safetensors.torch import load_file
-from torch import multiprocessing
 from train_jobs import CPU, cross_entropy, make_batches, run, tiny_config, tiny_job, train_in_group
 
 from segrt.errors import InputError, SpecError
@@ -347,12 +347,14 @@ def test_resumed_processes_drop_what_they_would_have_dropped(tmp_path: Path) -> 
 
 
 def _in_group(folder: Path, *options: object) -> None:
-    """Two processes train in `folder`; a fork server has imported torch and its compiler for all that are started here."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "segrt.train.loop"])
+    """Two processes train in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.start_processes(train_in_group, (2, str(folder), port, *options), nprocs=2, start_method="forkserver")
+    group = [start(train_in_group, rank, 2, str(folder), port, *options) for rank in range(2)]
+    for process in group:
+        process.join()
+    assert [process.exitcode for process in group] == [0, 0]
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
