@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from ..arrays import require
@@ -22,6 +23,8 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+# a call ends by its own deadline; this long after it nobody reads the server's answers any more
+_GRACE_S = 1.0
 _REASONS: dict[str, Reason] = {
     "INVALID_ARGUMENT": "invalid",
     "NOT_FOUND": "unknown",
@@ -117,9 +120,16 @@ class GrpcTransport:
 
     def _ask(self, method: str, request: Any, timeout: float | None) -> Any:
         call = getattr(self._calls, method).future(request, timeout=timeout)
+        # Ctrl-C while gRPC's own result() waits can leave a lock taken for which its reading thread then waits for ever; this waits in C
+        done: SimpleQueue[Any] = SimpleQueue()
+        call.add_done_callback(done.put)
         try:
             with self._running(call.cancel, tidying=method.endswith("Unregister")):
+                done.get(timeout=None if timeout is None else timeout + _GRACE_S)
                 return call.result()
+        except Empty:
+            call.cancel()
+            raise Failure("late", "no answer, and no end by the deadline") from None
         except self._grpc.RpcError as err:
             raise self._failure(err) from err
         except self._grpc.FutureCancelledError as err:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from scripted_model import BUNDLE_SHA, write_scripted
 
 from segrt.errors import BackendError, InputError
 from segrt.serving import Connection, RemotePredictor, Server, ServerOptions
+from segrt.serving.wire import Failure
 from segrt.spec import PreviousStage
 
 IMAGE = banded((9, 8, 7), seed=7)
@@ -206,11 +208,34 @@ def test_triton_hears_of_ctrl_c(served: Served, protocol: str, tmp_path: Path, h
     with subprocess.Popen([*command, *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         served.wait_for(f"slow ctrl {protocol}_0000.nii.gz.began")
         process.send_signal(how)
-        _, err = process.communicate(timeout=PATIENCE_S)
+        try:
+            _, err = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()  # of one that does not end there is no waiting
     assert process.returncode != 0
     assert "Traceback" not in err
     let_go(served, protocol, f"slow ctrl {protocol}_0000.nii.gz")
     assert list(SHARED_MEMORY.glob(f"segrt-client-{process.pid}-*")) == []
+
+
+def test_triton_client_that_hears_no_answers_any_more_gives_up_in_time(served: Served) -> None:
+    """As after a Ctrl-C that left one of gRPC's locks taken: the thread that reads all answers of a channel waits for it."""
+    remote = RemotePredictor(served.server.grpc, "scripted")
+    transport, release, held = remote._transport, threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            held.set()
+            release.wait(PATIENCE_S)
+
+    try:
+        while not held.wait(0.2):  # an answer that was there before is told to this thread
+            transport._calls.ServerLive.future(transport._messages.ServerLiveRequest()).add_done_callback(hold)
+        with pytest.raises(Failure, match="no answer"):
+            transport.unregister("system", "nothing", 0.2)
+    finally:
+        release.set()
+        remote.close()
 
 
 def test_triton_that_is_started_again_is_found_by_the_next_repeat(tmp_path: Path, protocol: str) -> None:
