@@ -9,7 +9,8 @@ import importlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
@@ -28,6 +29,18 @@ def start(target: Callable[..., object], *arguments: Any) -> Any:
     return process
 
 
+def end(processes: Sequence[Any], patience_s: float = 600) -> list[int | None]:
+    """Wait for processes; their exit codes. When one fails or time is over, those still running are killed: they may wait for it."""
+    until = time.monotonic() + patience_s
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > until or any(process.exitcode for process in processes):
+            time.sleep(1)  # what fails with it says so itself
+            for process in processes:
+                process.kill()
+        time.sleep(0.01)
+    return [process.exitcode for process in processes]
+
+
 class Command:
     """A running `segrt-<name>`; of `threads`, sums over more may differ in their last digits."""
 
@@ -39,10 +52,10 @@ class Command:
 
     def finish(self) -> CompletedProcess[str]:
         """Wait for its end."""
-        self._process.join()
+        (code,) = end([self._process])
         out, err = (Path(path).read_text() for path in self._told)
         self._folder.cleanup()
-        return CompletedProcess(self.line, self._process.exitcode, out, err)
+        return CompletedProcess(self.line, -9 if code is None else code, out, err)
 
 
 def run_command(name: str, *arguments: object, code: int | None = 0, threads: int | None = None) -> CompletedProcess[str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from commands import start
+from commands import end, start
 from factories import UNET_3D, make_spec
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -253,10 +253,7 @@ def learn(rank: int, world: int, folder: str) -> None:
 def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
     """Batch Dice over both processes, DDP's mean of the gradients: the losses of four steps are those of one process."""
     for world in (1, 2):
-        running = [start(learn, rank, world, str(tmp_path)) for rank in range(world)]
-        for process in running:
-            process.join(120)
-        assert [process.exitcode for process in running] == [0] * world
+        assert end([start(learn, rank, world, str(tmp_path)) for rank in range(world)]) == [0] * world
     one, two = (json.loads((tmp_path / f"losses{world}.json").read_text()) for world in (1, 2))
     assert one == pytest.approx(two, abs=2e-6)
     assert one[-1] < one[0]

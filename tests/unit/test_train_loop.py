@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from commands import start
+from commands import end, start
 from factories import UNET_3D
 from safetensors.torch import load_file
 from train_jobs import CPU, cross_entropy, make_batches, run, tiny_config, tiny_job, train_in_group
@@ -351,10 +351,7 @@ def _in_group(folder: Path, *options: object) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = [start(train_in_group, rank, 2, str(folder), port, *options) for rank in range(2)]
-    for process in group:
-        process.join()
-    assert [process.exitcode for process in group] == [0, 0]
+    assert end([start(train_in_group, rank, 2, str(folder), port, *options) for rank in range(2)]) == [0, 0]
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
